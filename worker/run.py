@@ -23,7 +23,8 @@ from roundtable.worker import tensor_names
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.data.arguments import BatchArguments, Data, resolve
 from roundtable.worker.merge import batchnorm, constraints
-from roundtable.worker.optim.optimizer import Optimizer, Per, Schedule
+from roundtable.worker.optim.optimizer import Per, Schedule
+from roundtable.worker.optim.script_optimizer import Optimizer
 from roundtable.worker.preparation import OptimizerCall
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.session.batches import Batches
@@ -132,8 +133,9 @@ class Run:
 
         `cls` is a class of torch.optim and `hyper` its arguments. `params` are parameters or groups as torch.optim takes them,
         by default all of the model's. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer that it is
-        given, such as `schedule=lambda o: StepLR(o, 30)`. The run steps the scheduler after every round or epoch, by
-        `schedule_per`. ReduceLROnPlateau needs epochs, and gets the epoch's mean of the `loss` that was logged for each batch.
+        given, such as `schedule=lambda o: StepLR(o, 30)`. The run steps it after every round or epoch, by `schedule_per`. Or
+        attach a scheduler to the result, or set numbers in its `param_groups` (docs/tutorial/optimizers.md). As `schedule`,
+        ReduceLROnPlateau needs epochs, and gets the epoch's mean of the `loss` that was logged for each batch.
         `clip_norm` bounds the 2-norm of the whole gradient, like torch.nn.utils.clip_grad_norm_. The results have the bits of
         the same class in plain PyTorch. `fused=True` takes torch's fused kernel, which for Adam halves the servers' time.
 

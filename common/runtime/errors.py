@@ -61,8 +61,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def script_line() -> str:
-    """Return the place in the user's script from which this package was called, such as 'train.py line 12'."""
+    """Return the place in the user's script from which this package was called, such as 'train.py line 12'.
+
+    The script may have called torch, and torch this package.
+    """
     frame = sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "roundtable":
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("roundtable", "torch"):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name} line {frame.f_lineno}"

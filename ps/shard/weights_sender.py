@@ -14,6 +14,7 @@ from roundtable.common.protocol.messages.gradients import Pull, Weights, Weights
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.weight_buffers import Readers
 from roundtable.ps.shard.model import ShardModel
+from roundtable.ps.shard.newest_settings import NewestSettings
 
 #: At most this many bytes of weights are under way to a worker, so that an urgent chunk does not wait long behind others.
 CREDIT_BYTES = 8 << 20
@@ -48,6 +49,7 @@ class WeightsSender:
         self.waiting: dict[str, WaitingWorker] = {}
         #: The weight buffers that workers may be reading.
         self.readers = Readers()
+        self.settings = NewestSettings()
         #: The number of each worker's newest pull.
         self._newest_pull: dict[str, int] = {}
 
@@ -114,13 +116,22 @@ class WeightsSender:
             frozen = sorted(chunk for chunk in weights if self._model.frozen.unchanged(chunk, version))
             others, home = sorted(weights.keys() - set(frozen)), self._model.buffers.home
             told = Weights(
-                round_, version, others, round_closed, buffer, frozen_chunks=frozen, frozen_buffer=home, changed_frozen=changed
+                round_,
+                version,
+                others,
+                round_closed,
+                buffer,
+                frozen_chunks=frozen,
+                frozen_buffer=home,
+                changed_frozen=changed,
+                settings=self.settings.before(round_) if round_closed else None,
             )
             return [Send(to, told)]
         effects = []
         if round_closed and not waiter.round_closed:
             waiter.round_closed = True
-            effects.append(Send(to, Weights(round_, version, [], round_closed, changed_frozen=changed)))
+            settings = self.settings.before(round_)
+            effects.append(Send(to, Weights(round_, version, [], round_closed, changed_frozen=changed, settings=settings)))
         effects += self._frames(to, waiter, version, weights, coded)
         if waiter.round_closed and not waiter.unsent:
             del self.waiting[to]

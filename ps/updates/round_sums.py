@@ -18,7 +18,8 @@ from roundtable.common.model.reduction_tree import Span, TreeSum, fold
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.commit import Committed, Contribution
 from roundtable.common.protocol.messages.embedding import RowPush
-from roundtable.common.protocol.messages.gradients import Push
+from roundtable.common.protocol.messages.gradients import Push, Schedules, UsedSettings
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.clipping import Norm
@@ -26,6 +27,7 @@ from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.shard.kinds import WEIGHTS
 from roundtable.ps.shard.model import ShardModel
 from roundtable.ps.shard.shard import contribution
+from roundtable.ps.updates.settings_of_round import check_same
 
 #: Returns the sum of two contributions, left + right.
 Adder = Callable[[Any, Any], Any]
@@ -54,6 +56,10 @@ class RoundSums:
         self._leaf_samples: dict[int, int] = {}
         #: By parameter group: the optimizer's settings for this round.
         self.hypers: list[dict[str, Any]] = []
+        #: The worker whose push had them; '' before the first push.
+        self._settled_by = ""
+        #: The script's schedulers, if a push had them.
+        self._schedules: Schedules | None = None
         #: First micro-batches of contributions that are not finite.
         self._not_finite: set[int] = set()
         #: Policy `backup`: the micro-batches to apply, once decided.
@@ -166,6 +172,22 @@ class RoundSums:
         if self.decided is None:
             return self._plan.samples
         return sum(self._plan.samples_in(k, k + 1) for k in self.decided)
+
+    def settle(self, sender: str, push: Push | RowPush | LayerPush, update: Update) -> None:
+        """Take the settings of a push. Raises UsageError if another push to this round had others."""
+        if not self._settled_by:
+            self._settled_by, self.hypers = sender, push.hypers
+        elif push.hypers != self.hypers:
+            check_same(self.round, update, (self._settled_by, self.hypers), (sender, push.hypers))
+        if isinstance(push, Push) and push.schedules is not None and (self._schedules is None or push.schedules.steps_after):
+            self._schedules = push.schedules
+
+    @property
+    def settings(self) -> UsedSettings | None:
+        """The settings of this round; None if they are those of `Setup`, and the script has no schedulers."""
+        if not self.hypers and self._schedules is None:
+            return None
+        return UsedSettings(self.round, self.hypers, self._schedules)
 
     def hypers_of(self, chunk: Chunk) -> dict[str, Any]:
         """Return the optimizer's settings for a chunk's parameter group."""

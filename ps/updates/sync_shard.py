@@ -93,8 +93,12 @@ class SyncShard(Shard):
     def seen(self) -> Mapping[int, torch.Tensor]:
         return {chunk: self.versions.of(self.version, chunk) for chunk in self.model.chunks}
 
+    def extra(self) -> dict[str, Any]:
+        return self.sender.settings.of_checkpoint(self.version)
+
     def resume(self, source: Source) -> None:
         self.versions.resume(source.round)
+        self.sender.settings.resume(source.extra.get(self._index, {}))
         self._open_round()
 
     def opened(self, source: Source | None) -> None:
@@ -130,7 +134,7 @@ class SyncShard(Shard):
         self.round.describe(push)
         if not self._policy.is_local and push.gradient_buffer >= 0:
             self.sender.readers.uses(sender, self.versions.buffer_of(self.version))
-        self.round.hypers = self.round.hypers or push.hypers
+        self.round.settle(sender, push, self.model.setup.update)
         return [self._ack(sender, push), *self._advance(now)]
 
     def push_kind(self, kind: ParameterKind, sender: str, push: Any, frames: Frames, now: float) -> list[Send]:
@@ -143,7 +147,7 @@ class SyncShard(Shard):
         self._check_apart(sender, push)
         self.round.add(kind.number, push, value)
         self.round.describe(push)
-        self.round.hypers = self.round.hypers or push.hypers
+        self.round.settle(sender, push, self.model.setup.update)
         return [ack, *self._advance(now)]
 
     def _check_apart(self, sender: str, push: Any) -> None:
@@ -277,12 +281,14 @@ class SyncShard(Shard):
             return RoundReplicated(self.version)
         committed, rows = self.round.entry(metrics)
         self._absent = self.round.left_out
-        return RoundReplicated(self.version, [committed], rows, max(self._reports.reported_version, 0))
+        reported = max(self._reports.reported_version, 0)
+        return RoundReplicated(self.version, [committed], rows, reported, self.round.settings)
 
     def book(self, ending: RoundReplicated) -> None:
         """Queue the report of a closed round."""
         self._reports.rounds += ending.rounds
         self._reports.contributions += ending.contributions
+        self.sender.settings.remember(ending.settings)
         if self._replication is not None:
             self._replication.remember(ending)
 

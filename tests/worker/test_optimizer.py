@@ -20,7 +20,6 @@ from torch.optim.swa_utils import SWALR
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.optim.optimizer import (
     Hypers,
-    Optimizer,
     Schedule,
     check_elementwise,
     check_sendable,
@@ -30,6 +29,8 @@ from roundtable.worker.optim.optimizer import (
     parameter_groups,
     plain_settings,
 )
+from roundtable.worker.optim.round_settings import RoundSettings
+from roundtable.worker.optim.script_optimizer import Optimizer
 from roundtable.worker.run import Run
 from roundtable.worker.session.assembly import Assembly
 
@@ -333,7 +334,7 @@ def test_a_schedule_that_makes_the_rate_a_tensor_or_is_none_of_torchs_is_refused
 
 @pytest.mark.parametrize("weight", [-1, -0.5, math.nan, math.inf, 2.0**54, "many", torch.ones(2), torch.tensor(-3)])
 def test_a_weight_that_cannot_be_one_is_refused_with_the_line_that_gives_it(weight: Any) -> None:
-    optimizer = Optimizer(lambda given: None, [], [])
+    optimizer = Optimizer(lambda given: None, RoundSettings(groups()), {}, [])
     with pytest.raises(UsageError, match=r"^the weight of a micro-batch is .* \(test_optimizer.py line \d+\): opt.step\(.*\.$"):
         optimizer.step(weight=weight)
 
@@ -341,5 +342,5 @@ def test_a_weight_that_cannot_be_one_is_refused_with_the_line_that_gives_it(weig
 @pytest.mark.parametrize("weight", [None, 0, 3, 0.25, torch.tensor(7), torch.tensor([2.5])])
 def test_a_weight_may_be_any_number_from_0_on(weight: Any) -> None:
     given: list[float | None] = []
-    Optimizer(given.append, [], []).step(weight=weight)
+    Optimizer(given.append, RoundSettings(groups()), {}, []).step(weight=weight)
     assert given == [None if weight is None else float(weight)]

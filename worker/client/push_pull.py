@@ -21,7 +21,7 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.protocol.effects import Send, number_of
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.gradients import Ack, Push, VersionExpired, Weights
+from roundtable.common.protocol.messages.gradients import Ack, Push, UsedSettings, VersionExpired, Weights
 from roundtable.common.protocol.messages.session import Traffic
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
@@ -174,6 +174,11 @@ class ParameterClient:
         """Return the result of `missing` in words, with the round of the weights."""
         parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self.missing()]
         return f"of round {self.for_round} from {' and '.join(parts)}"
+
+    @property
+    def settings(self) -> UsedSettings | None:
+        """The settings of the newest round that servers have told; None if they were never changed."""
+        return self._pulls.settings
 
     def take(self) -> tuple[dict[int, Any], dict[int, int]]:
         """Return the weights that have come since the last call, by chunk, and their versions by server.

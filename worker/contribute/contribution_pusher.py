@@ -19,7 +19,7 @@ from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.contribute.gradient_sums import GradientSum, Span
 from roundtable.worker.layers.sharded_linear import ShardedLayers
 from roundtable.worker.layers.sparse_embedding import RowSparse
-from roundtable.worker.optim.optimizer import Hypers
+from roundtable.worker.optim.round_settings import RoundSettings
 from roundtable.worker.replica.replica import Replica
 
 log = logging.getLogger("roundtable.worker.rounds")
@@ -35,23 +35,24 @@ class ContributionPusher:
         replica: Replica,
         rows: RowSparse,
         shards: ShardedLayers,
-        hypers: Hypers,
+        settings: RoundSettings,
     ) -> None:
         self._context = context
         self._client = client
         self._replica = replica
         self._rows = rows
         self._shards = shards
-        self._hypers = hypers
+        self._settings = settings
         self._on_nonfinite = context.settings.on_nonfinite
 
     def header(self, plan: Round, span: Span, metrics: Sums | None, finite: bool = True, weight: float | None = None) -> Push:
         """Return the message parts that all pushes of a contribution of micro-batches `span` share."""
         lo, hi = span
-        samples, hypers = plan.samples_in(lo, hi), self._hypers.at(plan.index, plan.epoch)
+        samples, hypers = plan.samples_in(lo, hi), self._settings.at(plan.index, plan.epoch)
         told = weight_if_given(weight, samples)
         return Push(
-            plan.index, lo, hi, samples, hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite, weight=told
+            plan.index, lo, hi, samples, hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite, weight=told,
+            schedules=self._settings.schedules(plan.index),
         )  # fmt: skip
 
     def push(self, plan: Round, span: Span, contribution: GradientSum, versions: dict[int, int]) -> None:

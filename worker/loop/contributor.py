@@ -11,7 +11,7 @@ from roundtable.worker.contribute.push_overlap import PushOverlap
 from roundtable.worker.layers.sharded_linear import ShardedLayers
 from roundtable.worker.layers.sparse_embedding import RowSparse
 from roundtable.worker.loop.task_queue import TaskQueue
-from roundtable.worker.optim.optimizer import Hypers
+from roundtable.worker.optim.round_settings import RoundSettings
 from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
@@ -31,7 +31,7 @@ class Contributor:
         rows: RowSparse,
         shards: ShardedLayers,
         buffers: GradientBuffers,
-        hypers: Hypers,
+        settings: RoundSettings,
         clip_norm: float | None,
     ) -> None:
         self._context = context
@@ -39,6 +39,7 @@ class Contributor:
         self._tasks = tasks
         self._replica = replica
         self._rows = rows
+        self._round_settings = settings
         self._shards = shards
         self._buffers = buffers
         self._clip_norm = clip_norm
@@ -55,7 +56,7 @@ class Contributor:
         #: others, or pushed, before that.
         self._weighs = False
         self._accumulator = GradientAccumulator(replica.layout)
-        self._pusher = ContributionPusher(context, client, replica, rows, shards, hypers)
+        self._pusher = ContributionPusher(context, client, replica, rows, shards, settings)
         # if contributions that are not finite are skipped, servers must have all of one before any of it counts
         may_overlap = not self._skips_nonfinite and clip_norm is None
         self._overlap = PushOverlap(context, client, replica, self._pusher, self._accumulator, self._free_buffer, may_overlap)
@@ -75,8 +76,9 @@ class Contributor:
             self._replica.contribute_to(self._buffer)
 
     def overlap(self, task: Task, plan: Round, compute_s: float, versions: dict[int, int]) -> None:
-        """Push the gradients of a micro-batch while backward makes them, if that saves time."""
-        if self._buffer is not None and not self._weighs and self._is_pushed_early(compute_s):
+        """Push the gradients of a micro-batch while backward makes them, if that saves time and all else of the push is known."""
+        is_known = not self._weighs and not self._round_settings.set_before_step
+        if self._buffer is not None and is_known and self._is_pushed_early(compute_s):
             self._overlap.begin(plan, task.k, self._buffer, versions)
 
     def take(self, task: Task, plan: Round, metrics: dict[str, float], given: float | None = None) -> tuple[int, GradientSum]:
@@ -100,7 +102,9 @@ class Contributor:
             self._buffer = self._free_buffer()
             self._replica.contribute_to(self._buffer)
         assert self._buffer is not None
-        sums = self._replica.gradient(weight, without=self._overlap.confirm(is_usual))
+        sums = self._replica.gradient(
+            weight, without=self._overlap.confirm(is_usual and not self._round_settings.set_before_step)
+        )
         contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics, weight)
         if self._skips_nonfinite:  # before anything is added: which micro-batches are added depends on who computes them
             contribution.finite = self._pusher.is_finite(task.round, (task.k, task.k + 1), contribution)

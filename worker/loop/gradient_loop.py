@@ -10,6 +10,7 @@ from roundtable.common.config.batch_plan import Round, Segment, Task, derive_see
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Heartbeat, RequestWork
 from roundtable.common.runtime.allocator import keep_memory
+from roundtable.common.runtime.errors import script_line
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.push_pull import ParameterClient
@@ -24,6 +25,7 @@ from roundtable.worker.loop.script_edits import Edits
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.loop.throughput import Throughput
 from roundtable.worker.loop.weight_fetcher import WeightFetcher
+from roundtable.worker.optim.round_settings import RoundSettings
 from roundtable.worker.replica.replica import Replica
 
 
@@ -40,6 +42,7 @@ class GradientLoop:
         rows: RowSparse,
         shards: ShardedLayers,
         contributor: Contributor,
+        settings: RoundSettings,
     ) -> None:
         self.replica = replica
         self.round = 0
@@ -59,6 +62,7 @@ class GradientLoop:
         self._begun_at = 0.0
         self._throughput = Throughput()
         self._contributor = contributor
+        self._settings = settings
         self._weights = WeightFetcher(context, client, replica, self._throughput)
         #: The micro-batch that is computed twice, if any.
         self._repeat: Repeat | None = None
@@ -103,11 +107,17 @@ class GradientLoop:
         with self._context.io.lock:
             if self.round < self._end(segment):
                 self._tasks.open(self.round, segment.round(self.round).micro_batches)
+        self._settings.enter(script_line())
         while (task := self._next_task(segment)) is not None:
             batch = loader.load(task)
             self.replica.check_dtypes()
             self.replica.reset_buffers()
             plan, compute_s = segment.round(task.round), self._throughput.seconds
+            while not self._settings.begin(task.round, plan.epoch):
+                self._contributor.prepare(task, plan, compute_s)
+                yield from self._compute(task, batch)
+                batch = loader.load(task)  # again, because the script may have written to the first one
+                self.replica.reset_buffers()
             self._contributor.prepare(task, plan, compute_s)
             if self._is_repeated(task):
                 self._repeat = Repeat(self.replica)
@@ -115,9 +125,11 @@ class GradientLoop:
                 self._contributor.overlap(task, plan, compute_s, self._weights.versions)
             yield from self._compute(task, batch)
             if self._repeat is not None:
-                batch = loader.load(task)  # again, because the script may have written to the first one
+                batch = loader.load(task)
                 self.replica.reset_buffers()
+                self._settings.begin(task.round, plan.epoch)
                 yield from self._compute(task, batch)
+        self._settings.leave(segment, self.round)
         if self._departure.is_end(self.round):
             self._weights.await_all()
             self.replica.reset_buffers()
@@ -154,7 +166,11 @@ class GradientLoop:
         self.replica.check_dtypes()
         self.replica.check_constants()
         self._check_edits()
+        self._settings.used(task.round)
         self.batch.take_back()
+        if self._settings.rehearses:
+            self._contributor.give_up()
+            return
         if self._repeat is not None and self._repeat.once:
             self._end_repeat(segment)
             return

@@ -18,7 +18,7 @@ from roundtable.common.model.partial_sum import Sum, is_mean, nothing
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.messages.gradients import Push, Sums
 from roundtable.common.protocol.messages.session import Heartbeat
-from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.errors import UsageError, script_line
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.client.push_pull import ParameterClient
@@ -133,6 +133,7 @@ class LocalSgdLoop:
         if self._departure.is_end(self._planned):
             return
         self._segment = segment
+        self._inner.settings.enter(script_line())
         for index in range(self._first(segment), segment.end):
             self.round = index
             plan = segment.round(index)
@@ -144,6 +145,7 @@ class LocalSgdLoop:
             self.round = index + 1
             if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()
+        self._inner.settings.leave(segment, self.round)
         if self._departure.is_end(self._merges):
             self._go_back(segment)
 
@@ -153,14 +155,19 @@ class LocalSgdLoop:
             if self._departure.is_end(self._merges):
                 return
             task = Task(plan.index, k)
-            batch = loader.load(task)
-            seed_everything(derive_seed(self._context.settings.seed, "micro-batch", plan.index, k))
-            self.batch.hand_out(task)
-            self._begun_at = time.monotonic()
-            yield batch
-            self.batch.check_computed()
-            self.edits.check_places()
-            self.edits.check(self.round, self._merges)
+            while not self._inner.settings.begin(plan.index, plan.epoch):
+                yield from self._hand_out(task, loader)
+            yield from self._hand_out(task, loader)
+
+    def _hand_out(self, task: Task, loader: Loader) -> Iterator[Any]:
+        batch = loader.load(task)
+        seed_everything(derive_seed(self._context.settings.seed, "micro-batch", task.round, task.k))
+        self.batch.hand_out(task)
+        self._begun_at = time.monotonic()
+        yield batch
+        self.batch.check_computed()
+        self.edits.check_places()
+        self.edits.check(self.round, self._merges)
 
     def _go_back(self, segment: Segment) -> None:
         """Go back to the last merge, as the run ends with it, and leave out what this worker has done since."""
@@ -193,7 +200,11 @@ class LocalSgdLoop:
         self.replica.check_dtypes()
         self.replica.check_constants()
         self.edits.check(self.round, self._merges)
+        self._inner.settings.used(task.round)
         self.batch.take_back()
+        if self._inner.settings.rehearses:
+            self.replica.discard()
+            return
         samples = segment.round(task.round).samples_in(task.k, task.k + 1)
         self._samples += samples
         self._micro_batches += 1
@@ -229,7 +240,7 @@ class LocalSgdLoop:
     def _step_inner(self) -> None:
         samples, self._round_samples = self._round_samples, 0
         whose = f"{self._context.name}'s gradient in round {self.round}"
-        weight = self._inner.step(self._context.settings.on_nonfinite, whose)
+        weight = self._inner.step(self.round, self._context.settings.on_nonfinite, whose)
         if weight is None:
             self._samples -= samples
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_schedule
+from roundtable.worker.optim.round_settings import RoundSettings
 
 log = logging.getLogger("roundtable.worker.local")
 
@@ -22,6 +24,8 @@ class InnerOptimizer:
         """Raises UsageError if the schedule cannot be used."""
         self._optimizer, self._per, self._clip_norm = optimizer, per, clip_norm
         self._scheduler = make_schedule(optimizer, schedule, per)
+        #: The settings of rounds. The script sees the optimizer's own groups.
+        self.settings = RoundSettings(optimizer.param_groups, has_schedule=schedule is not None)
         #: In this round: the sum of gradients x weight, by parameter.
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         #: In this round: the weight.
@@ -33,6 +37,11 @@ class InnerOptimizer:
     def groups(self) -> int:
         """The number of parameter groups."""
         return len(self._optimizer.param_groups)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The optimizer's arguments."""
+        return self._optimizer.defaults
 
     def take(self, parameters: Iterable[torch.Tensor], weight: float, loss: float | None) -> None:
         """Take the gradients of a micro-batch, whose mean `loss` is None if the script has not logged it."""
@@ -50,8 +59,8 @@ class InnerOptimizer:
         """Forget the round's gradients."""
         self._sums, self._weight = {}, 0.0
 
-    def step(self, on_nonfinite: str, whose: str) -> float | None:
-        """Step by the mean of the round's gradients and return their weight; None if this leaves the step out.
+    def step(self, round_: int, on_nonfinite: str, whose: str) -> float | None:
+        """Step by the mean of the gradients of `round_` and return their weight; None if this leaves the step out.
 
         `whose` gradient it is goes into messages. Raises UsageError if a gradient is not finite and `on_nonfinite` is "fail".
         """
@@ -67,7 +76,8 @@ class InnerOptimizer:
             return None
         for parameter, total in sums.items():
             parameter.grad = total.div_(weight)
-        self._apply(list(sums))
+        with self.settings.as_used(round_):
+            self._apply(list(sums))
         for parameter in sums:
             parameter.grad = None
         return weight

@@ -5,9 +5,8 @@ The update itself runs on the servers with torch.optim's own class. Under polici
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,8 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from roundtable.common.config.field_types import LARGEST
-from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.common.runtime.errors import UsageError
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 Groups = list[dict[str, Any]]
@@ -64,13 +62,13 @@ def make_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict
 
 def plain_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return every group's settings. Raises UsageError if one is not a plain value that can be sent to servers."""
-    return [{key: _plain(key, group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
+    return [{key: plain(key, group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
 
 
-def _plain(key: str, value: Any) -> Any:
+def plain(key: str, value: Any) -> Any:
     """Return a setting as messages can carry it. numpy's numbers become Python's."""
     if isinstance(value, list | tuple):
-        return type(value)(_plain(key, item) for item in value)
+        return type(value)(plain(key, item) for item in value)
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
@@ -152,6 +150,10 @@ class Hypers:
     def scheduler(self) -> LRScheduler | None:
         return self._scheduler
 
+    def sets(self, key: str) -> bool:
+        """Return whether the schedule has ever changed this setting."""
+        return key in self._changed
+
     def at(self, round_: int, epoch: int) -> list[dict[str, Any]]:
         """Return the settings that the schedule has ever changed, for each group; empty without a schedule.
 
@@ -161,7 +163,7 @@ class Hypers:
             return []
         while self._steps < (round_ if self._per == "round" else epoch) and self._step():
             self._steps += 1
-        return [{key: _plain(key, group[key]) for key in sorted(self._changed)} for group in self._optimizer.param_groups]
+        return [{key: plain(key, group[key]) for key in sorted(self._changed)} for group in self._optimizer.param_groups]
 
     def _step(self) -> bool:
         """Step the scheduler. Return False if the loss that it needs is not known yet."""
@@ -190,54 +192,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, p
     if not isinstance(scheduler, LRScheduler):
         raise UsageError(f"schedule must return one of torch.optim.lr_scheduler, not a {type(scheduler).__name__}.")
     return scheduler
-
-
-class Optimizer:
-    """The result of `Run.optimizer`: the usual calls of an optimizer, carried out by the cluster."""
-
-    def __init__(self, step: Callable[[float | None], None], groups: Groups, forget: Sequence[Callable[[], None]]) -> None:
-        self._step = step
-        self._forget = forget
-        self._params: Sequence[torch.Tensor] = [p for group in groups for p in group["params"]]
-
-    def step(self, *, weight: float | torch.Tensor | None = None) -> None:
-        """Contribute the gradients of this micro-batch, and wait for new weights as the policy requires.
-
-        `weight` is this micro-batch's weight in the mean of its round: a number from 0 on, or a tensor of one element. The update
-        is the sum of gradient x weight over the round, divided by the sum of the weights. By default the weight is the number of
-        samples. If the loss is a mean over tokens, give their number. With weight 0 gradients, running statistics and metrics of
-        this micro-batch count nothing, even if they are not finite.
-
-        Raises UsageError for a weight that is negative, not finite, or no number.
-        """
-        self._step(None if weight is None else checked_weight(weight))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients. This is never needed, because `step` does it; training loops call it."""
-        for forget in self._forget:
-            forget()
-        for parameter in self._params:
-            if set_to_none:
-                parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.zero_()
-
-
-def checked_weight(weight: Any) -> float:
-    """Return as a number what a script gives as the weight of a micro-batch.
-
-    Raises UsageError, with the script's line, if `weight` cannot be a weight.
-    """
-    try:
-        number = float(weight)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not 0 <= number <= LARGEST:
-        is_large = isinstance(weight, torch.Tensor) and weight.dim()
-        text = f"a tensor of shape {tuple(weight.shape)}" if is_large else f"{weight!r:.40}"
-        valid = "opt.step(weight=...) takes a number from 0 to 2**53, such as that of its tokens"
-        raise UsageError(f"the weight of a micro-batch is {text} ({script_line()}): {valid}.")
-    return number
 
 
 def silence_scheduler_warnings() -> None:

@@ -26,7 +26,9 @@ from roundtable.worker.loop.local_sgd import LocalSgdLoop, MergeHooks
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.model_setup import ModelSetup, SharedMemorySetup
 from roundtable.worker.optim.inner_optimizer import InnerOptimizer
-from roundtable.worker.optim.optimizer import NO_LOSS, Hypers, Optimizer
+from roundtable.worker.optim.optimizer import NO_LOSS, Hypers
+from roundtable.worker.optim.round_settings import RoundSettings
+from roundtable.worker.optim.script_optimizer import Optimizer
 from roundtable.worker.preparation import OptimizerCall, Preparation, prepare
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
@@ -69,24 +71,40 @@ class Assembly:
         client = self._client_of(made.replica)
         sends_first = setup.agree()
         rows, shards = self._clients_of_layers(made.tables, made.layers, sends_first)
-        work = self._loop(made, call, client, rows, shards)
+        settings = self._settings(made, call, client)
+        work = self._loop(made, call, client, rows, shards, settings)
         training = Training(self._context, setup, client, work, made.schedule)
-        return training, Optimizer(work.step, made.dense, [rows.forget, shards.forget])
+        return training, Optimizer(work.step, settings, made.optimizer.defaults, [rows.forget, shards.forget])
+
+    def _settings(self, made: Preparation, call: OptimizerCall, client: ParameterClient) -> RoundSettings:
+        """Return the settings of the rounds."""
+        if isinstance(made.optimizer, InnerOptimizer):
+            return made.optimizer.settings
+        with no_compiler():
+            hypers = Hypers(made.optimizer, call.schedule, call.schedule_per, self._epoch_loss)
+        groups = [{**shown, "params": own["params"]} for shown, own in zip(made.optimizer.param_groups, made.dense, strict=True)]
+        settings = RoundSettings(groups, hypers)
+        settings.told = lambda: client.settings
+        return settings
 
     def _loop(
-        self, made: Preparation, call: OptimizerCall, client: ParameterClient, rows: RowSparse, shards: ShardedLayers
+        self,
+        made: Preparation,
+        call: OptimizerCall,
+        client: ParameterClient,
+        rows: RowSparse,
+        shards: ShardedLayers,
+        settings: RoundSettings,
     ) -> GradientLoop | LocalSgdLoop:
         replica = made.replica
         if isinstance(made.optimizer, InnerOptimizer):
             self._share(client, replica, None)
             return LocalSgdLoop(self._context, client, self._tasks, self._departure, replica, made.optimizer, self._merge_hooks)
         own_clip = call.clip_norm if self._context.policy.applies == "push" else None
-        with no_compiler():
-            hypers = Hypers(made.optimizer, call.schedule, call.schedule_per, self._epoch_loss)
         buffers = GradientBuffers(replica.layout, shared=self._context.settings.transport == "auto")
         self._share(client, replica, buffers.handle)
-        contributor = Contributor(self._context, client, self._tasks, replica, rows, shards, buffers, hypers, own_clip)
-        return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, contributor)
+        contributor = Contributor(self._context, client, self._tasks, replica, rows, shards, buffers, settings, own_clip)
+        return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, contributor, settings)
 
     def _client_of(self, replica: Replica) -> ParameterClient:
         """Return the client of the servers that hold the model's weights."""

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Hypers, Many
+import msgspec
+
+from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Hypers, Many
 from roundtable.common.config.weights import Weighed
 from roundtable.common.protocol.messages.base import Body
 
 #: Sum of a metric x weight, and the weight, by name.
 Sums = ByName[tuple[float, Amount]]
+
+
+class Schedules(msgspec.Struct, frozen=True):
+    """The script's schedulers at its step in a round."""
+
+    #: Their numbers: a JSON list with an object for each scheduler.
+    state: Annotated[str, msgspec.Meta(max_length=1 << 20)]
+    #: How many steps the script makes in each round after that of the optimizer, by scheduler. Empty: the worker has not seen it.
+    steps_after: Few[Count] = []
+
+
+class UsedSettings(msgspec.Struct, frozen=True):
+    """The settings of the parameter groups with which `round` was applied."""
+
+    round: Count
+    hypers: Many[Hypers] = []
+    schedules: Schedules | None = None
 
 
 class Push(Weighed, Body, frozen=True):
@@ -46,6 +65,8 @@ class Push(Weighed, Body, frozen=True):
     finite: bool = True
     #: The weight of these micro-batches in the round's mean, which the values are multiplied by. None: their samples.
     weight: Amount | None = None
+    #: With `metrics`, if the script has schedulers.
+    schedules: Schedules | None = None
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -105,6 +126,8 @@ class Weights(Body, frozen=True):
     frozen_buffer: CountOrNone = -1
     #: With `round_closed`: all frozen chunks to which something was contributed. They come with every round.
     changed_frozen: Many[Count] = []
+    #: Of server 0, with `round_closed`: the settings of the round before, if they are not those of `Setup`.
+    settings: UsedSettings | None = None
 
 
 class WeightsCredit(Body, frozen=True):

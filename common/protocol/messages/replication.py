@@ -10,6 +10,7 @@ from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.field_types import Amount, Count, CountOrNone, Hypers, Many, Name
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import Committed, Contribution
+from roundtable.common.protocol.messages.gradients import UsedSettings
 from roundtable.common.protocol.messages.setup import Setup
 
 
@@ -75,6 +76,8 @@ class RoundReplicated(Body, frozen=True):
     contributions: Many[Contribution] = []
     #: Of server 0: the coordinator has all rounds below.
     reported: Count = 0
+    #: Of server 0: the settings of the round, if they are not those of `Setup`.
+    settings: UsedSettings | None = None
 
 
 class RoundReplicatedAck(Body, frozen=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 from roundtable.common.model.layout import Chunk, Layout
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages.gradients import Pull, VersionExpired, Weights, WeightsCredit
+from roundtable.common.protocol.messages.gradients import Pull, UsedSettings, VersionExpired, Weights, WeightsCredit
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint
@@ -52,6 +52,8 @@ class PullSession:
         self._weight_buffers: dict[int, int] = {}
         #: Bytes received so far.
         self.bytes = 0
+        #: The settings of the newest round that servers have told.
+        self.settings: UsedSettings | None = None
 
     # ---- asking
 
@@ -197,6 +199,7 @@ class PullSession:
         if body.round_closed:
             self._closed_on.add(number)
             self._changed_frozen[number] = set(body.changed_frozen)
+            self.settings = body.settings or self.settings
         failpoint("receiving", body.for_round)
 
     def expired(self, server: int, body: VersionExpired) -> None:

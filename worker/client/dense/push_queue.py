@@ -106,6 +106,7 @@ class PushQueue:
         for batch in [[*sums]] if reads else message_batches([*sums], lambda i: size.get(i, 0)) or [[]]:
             message = replace(
                 push, chunks=batch, present=[sums[i].present for i in batch], metrics=metrics,
+                schedules=push.schedules if metrics is not None else None,
                 gradient_buffer=gradient_buffer.index if reads and gradient_buffer is not None else -1,
                 scale=max((sums[i].scale for i in batch), default=1.0), coded=[i for i in batch if i in coded],
             )  # fmt: skip
