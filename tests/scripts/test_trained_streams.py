@@ -86,7 +86,7 @@ def plain_loop(is_shuffled: bool) -> str:
 @pytest.mark.parametrize(
     ("flags", "kind", "fault"),
     [
-        (["--workers", 1, "--servers", 1], "processes", ""),
+        pytest.param(["--workers", 1, "--servers", 1], "processes", "", marks=pytest.mark.long),
         (["--workers", 3, "--servers", 2], "shards", "worker-1:computing:4:kill"),
         (["--workers", 2, "--servers", 1, "--transport", "tcp"], "plain", ""),
     ],
@@ -99,6 +99,14 @@ def test_each_sample_counts_once_whoever_reads_it(
     summary = launch(*flags, "--threads", 1, SCRIPT, "--", kind)
     assert (summary["samples"], summary["rounds"], summary["dropped"]) == (len(SAMPLES) * EPOCHS, ROUNDS, 0)
     assert summary["weights_sha256"] == plain_loop(is_shuffled=kind != "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_under_another_policy_too_each_sample_counts_once(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "worker-0:pushed:5:kill")
+    summary = launch("--workers", 2, "--servers", 1, "--policy", "async", SCRIPT, "--", "shards")
+    assert (summary["samples"], summary["rounds"], summary["dropped"]) == (len(SAMPLES) * EPOCHS, ROUNDS, 0)
 
 
 @pytest.mark.slow
@@ -128,7 +136,7 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_reads_what_is_left(launch:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("long", ", though it was said to have 60: correct samples="),
+        ("long", ", though it was said to have 60: correct this"),
         ("deaf", "Stream cannot be opened at a position: shard 0 at position 1 does not begin with its second sample"),
     ],
 )

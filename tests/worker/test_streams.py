@@ -315,6 +315,7 @@ def test_shards_are_counted_once_and_the_cache_keeps_it(tmp_path: Path) -> None:
     assert mine.opened == [(0, 0), (1, 0)]
     more = Stream(["b", "c"], opened_numbers, lambda name: {"b": 0, "c": 2}[name], cache=cache)
     assert more.lengths == [5, 2]  # "b" was known
+    assert Stream(2, opened_numbers, np.array([1, 2])).lengths == [1, 2]
     cache.write_text("[")
     said = refusal(lambda: Stream(["a"], opened_numbers, cache=cache).lengths)
     assert "counts.json cannot be read (" in said and said.endswith("delete it, and the shards are counted again.")
@@ -339,6 +340,7 @@ def refusal(make: Any) -> str:
             "the stream has 3 shards, but samples has 2 numbers: pass one for each shard.",
         ),
         (lambda: Stream(["x"], opened_numbers, [-1]).lengths, "shard 0 ('x') has -1 samples: this must be a whole number"),
+        (lambda: Stream(["x"], opened_numbers, lambda name: 2.5).lengths, "shard 0 ('x') has 2.5 samples: this must be"),
         (lambda: Stream(2, opened_numbers, 0).lengths, "Stream(2 shards) has no samples."),
         (lambda: stream_of([1, 2]), "list is no stream: pass an IterableDataset, or roundtable.Stream(shards, open, samples)."),
         (lambda: stream_of(Plain(), samples=[1]), "Plain is one shard: samples must be a number."),
@@ -352,8 +354,8 @@ def test_what_is_no_stream_is_refused_in_a_sentence(make: Any, said: str) -> Non
 @pytest.mark.parametrize(
     ("said", "text"),
     [
-        (11, "shard 1 ('b') of Stream has no sample 10, though it was said to have 11: correct samples=, or delete a cache="),
-        (9, "shard 1 ('b') of Stream has more than the 9 samples that it was said to have: correct samples=, or delete"),
+        (11, "shard 1 ('b') of Stream has no sample 10, though it was said to have 11: correct this, or delete a cache="),
+        (9, "shard 1 ('b') of Stream has more than the 9 samples that it was said to have: correct this, or delete"),
     ],
 )
 def test_a_shard_of_another_length_than_said_is_named(said: int, text: str, processes: int) -> None:
@@ -363,6 +365,16 @@ def test_a_shard_of_another_length_than_said_is_named(said: int, text: str, proc
     mine = loader(data, plan, tasks if processes else None)
     assert refusal(lambda: [mine.load(task) for task in tasks]).startswith(text)
     mine.close()
+
+
+@pytest.mark.parametrize(("said", "text"), [(12, "has no sample 10, though"), (8, "has more than the 8 samples that")])
+def test_a_plain_data_set_of_another_length_than_it_says_is_named(said: int, text: str) -> None:
+    class Wrong(Plain):
+        def __len__(self) -> int:
+            return said
+
+    samples = StreamSamples(stream_of(Wrong()), SEED)
+    assert refusal(lambda: [samples[0, n] for n in range(said)]).startswith(f"shard 0 of Wrong {text}")
 
 
 def test_what_open_returns_must_be_samples() -> None:

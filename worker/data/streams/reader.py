@@ -123,7 +123,7 @@ class ShardReader:
             if value is _END:
                 raise UsageError(
                     f"{stream.name_of(reading.shard)} of {stream.kind} has no sample {reading.position}, though it was said to "
-                    f"have {stream.lengths[reading.shard]}: correct samples=, or delete a cache= that is older than the shard."
+                    f"have {stream.lengths[reading.shard]}: correct this, or delete a cache= that is older than the shard."
                 )
             reading.position += 1
             if reading.position == stream.lengths[reading.shard]:
@@ -151,7 +151,7 @@ class ShardReader:
             if next(reading.samples, _END) is not _END:
                 raise UsageError(
                     f"{stream.name_of(reading.shard)} of {stream.kind} has more than the {stream.lengths[reading.shard]} samples "
-                    "that it was said to have: correct samples=, or delete a cache= that is older than the shard."
+                    "that it was said to have: correct this, or delete a cache= that is older than the shard."
                 )
 
     def _keep(self, key: tuple[int, int], value: Any) -> None:

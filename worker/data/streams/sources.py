@@ -56,7 +56,7 @@ def _stream_of(dataset: Any, samples: Lengths, cache: str | Path | None) -> Stre
     if _has_shards(dataset):
         stream = Stream(dataset.num_shards, _HuggingFaceShards(dataset), samples, cache=cache)
     elif isinstance(dataset, IterableDataset):
-        stream = Stream(1, _FromTheStart(dataset, size := _size(dataset, samples)), size)
+        stream = Stream(1, _FromTheStart(dataset, samples), _size(dataset, samples))
     else:
         raise UsageError(f"{name} is no stream: pass an IterableDataset, or roundtable.Stream(shards, open, samples).")
     stream.reads_from_start = True
@@ -96,8 +96,10 @@ class _HuggingFaceShards:
 class _FromTheStart:
     """Opens a plain iterable data set, by reading it from its start."""
 
-    def __init__(self, dataset: IterableDataset[Any], samples: int) -> None:
-        self._dataset, self._samples = dataset, samples
+    def __init__(self, dataset: IterableDataset[Any], samples: Lengths) -> None:
+        """`samples`: where to end. None: where the data set ends."""
+        self._dataset, self._end = dataset, samples
 
     def __call__(self, shard: int, position: int) -> Iterator[Any]:
-        return itertools.islice(iter(self._dataset), position, self._samples)
+        assert self._end is None or isinstance(self._end, int)
+        return itertools.islice(iter(self._dataset), position, self._end)

@@ -7,8 +7,10 @@ sample for each number. `reader.py` reads them, and `order.py` says in which ord
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -47,7 +49,7 @@ class Stream(IterableDataset[Any]):
 
     A loop over the stream itself gives all samples in the order of `shards`, as `torch.utils.data.DataLoader` needs it.
 
-    Raises UsageError if there are no shards, or as many numbers in `samples` as there are no shards for.
+    Raises UsageError if there are no shards, or if `samples` has not one number for each.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Stream(IterableDataset[Any]):
         self.reads_from_start = False
         if not self.shards:
             raise UsageError("the stream has no shards: pass the shards' names, or their number.")
-        if isinstance(samples, Sequence) and len(samples) != len(self.shards):
+        if samples is not None and not isinstance(samples, int) and not callable(samples) and len(samples) != len(self.shards):
             raise UsageError(
                 f"the stream has {len(self.shards)} shards, but samples has {len(samples)} numbers: pass one for each shard."
             )
@@ -92,9 +94,6 @@ class Stream(IterableDataset[Any]):
         Raises UsageError for a number that is none, or if there are no samples at all.
         """
         lengths = self._counted() if self._samples is None or callable(self._samples) else self._said(self._samples)
-        for number, length in enumerate(lengths):
-            if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-                raise UsageError(f"{self.name_of(number)} has {length!r} samples: this must be a whole number of at least 0.")
         if not sum(lengths):
             raise UsageError(f"{self!r} has no samples.")
         return lengths
@@ -119,9 +118,15 @@ class Stream(IterableDataset[Any]):
         return f"shard {number}" if isinstance(shard, int) else f"shard {number} ({str(shard)[:200]!r})"
 
     def _said(self, samples: int | Sequence[int]) -> list[int]:
-        return (
-            [samples] * len(self.shards) if isinstance(samples, int) else [int(n) if hasattr(n, "item") else n for n in samples]
-        )
+        found = [samples] * len(self.shards) if isinstance(samples, int) else samples
+        return [self._length(number, length) for number, length in enumerate(found)]
+
+    def _length(self, number: int, length: Any) -> int:
+        """Return a shard's number of samples, which the script has said."""
+        with contextlib.suppress(TypeError):
+            if (found := operator.index(length)) >= 0:
+                return found
+        raise UsageError(f"{self.name_of(number)} has {length!r} samples: this must be a whole number of at least 0.")
 
     def _counted(self) -> list[int]:
         """Return the samples of each shard, from the cache as far as it has them."""
@@ -131,7 +136,7 @@ class Stream(IterableDataset[Any]):
         is_complete = all(name in known for name in names)
         for number, (name, shard) in enumerate(zip(names, self.shards, strict=True)):
             if name not in known:
-                known[name] = count(shard)
+                known[name] = self._length(number, count(shard))
             if time.monotonic() > warns_at:
                 log.warning(
                     "counting the samples of %s takes long (%d of %d shards so far): pass samples=, or cache= to count once.",
