@@ -31,16 +31,17 @@ from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import Event
 from roundtable.ps.coordinator.context import Received, new_context
-from roundtable.ps.coordinator.farewell import Farewell, RestartRun
+from roundtable.ps.coordinator.ending.deadline import Deadline
+from roundtable.ps.coordinator.ending.early_end import EarlyEnd
+from roundtable.ps.coordinator.ending.farewell import Farewell, RestartRun
+from roundtable.ps.coordinator.ending.stopping import Stopping
 from roundtable.ps.coordinator.parts.checkpoints import CheckpointDriver
-from roundtable.ps.coordinator.parts.deadline import Deadline
 from roundtable.ps.coordinator.parts.departures import Departures
 from roundtable.ps.coordinator.parts.failover import Failover
 from roundtable.ps.coordinator.parts.joining import Joining
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.planning import Planning
 from roundtable.ps.coordinator.parts.status import StatusReporter
-from roundtable.ps.coordinator.parts.stopping import EarlyEnd, Stopping
 from roundtable.ps.coordinator.parts.summary import RunSummary
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import summarized_run

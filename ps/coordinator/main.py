@@ -25,7 +25,7 @@ from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.private_files import make_run_dir
 from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE, How
 from roundtable.ps.coordinator.coordinator import TICK_MS, Coordinator
-from roundtable.ps.coordinator.farewell import RestartRun
+from roundtable.ps.coordinator.ending.farewell import RestartRun
 from roundtable.ps.coordinator.recovery import RestoredRun, restore
 
 log = logging.getLogger("roundtable.ps.coordinator")

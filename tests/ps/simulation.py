@@ -64,7 +64,7 @@ from roundtable.common.runtime.errors import RunStopped, Stopped, WireError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.coordinator import Coordinator
-from roundtable.ps.coordinator.farewell import RestartRun
+from roundtable.ps.coordinator.ending.farewell import RestartRun
 from roundtable.ps.coordinator.main import run_to_recover, run_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.server.server import _Server

@@ -14,8 +14,8 @@ from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError, RunStopped
 from roundtable.common.storage.event_log import Event
 from roundtable.ps.coordinator.context import RunContext
+from roundtable.ps.coordinator.ending.stopping import Stopping
 from roundtable.ps.coordinator.parts.failover import Failover
-from roundtable.ps.coordinator.parts.stopping import Stopping
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
