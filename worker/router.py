@@ -74,6 +74,10 @@ class MessageRouter:
         if not kinds:
             self._others = handler
 
+    def listen(self, handler: Handler, *kinds: type[Body]) -> None:
+        """Let `handler` handle these kinds of the coordinator's messages."""
+        self._handlers.update(dict.fromkeys(kinds, handler))
+
     def share_memory(self, handler: Callable[[str, SharedMemoryReply], None]) -> None:
         """Let `handler` handle servers' answers about shared memory."""
         self._handlers[SharedMemoryReply] = lambda sender, body, frames: handler(sender, body)

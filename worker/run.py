@@ -22,6 +22,7 @@ from roundtable.common.runtime.errors import UsageError, script_line
 from roundtable.worker import tensor_names
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.data.arguments import BatchArguments, Data, resolve
+from roundtable.worker.deciding import Deciding, device_of
 from roundtable.worker.merge import batchnorm, constraints
 from roundtable.worker.optim.optimizer import Per, Schedule
 from roundtable.worker.optim.script_optimizer import Optimizer
@@ -33,21 +34,17 @@ from roundtable.worker.session.session import Session
 M = TypeVar("M", bound=nn.Module)
 
 
-class Run:
+class Run(Deciding):
     """A script's part in a run. `roundtable.join` makes it."""
 
     def __init__(self, session: Session) -> None:
-        self._session, context = session, session.context
+        super().__init__(session)
+        context = session.context
         #: The run's settings, from flags or a file.
         self.settings: Settings = context.settings
         #: This worker's number, from 0.
         self.index = context.index
         self.name = context.name
-        #: The device for the tensors of the training loop.
-        self.device = (
-            torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
         #: Whether a loop over batches is under way, or was left before its end.
         self._is_training = True
@@ -185,8 +182,7 @@ class Run:
         if session.segments.none:
             training.begin()
         model = training.work.replica.model
-        device = self.device if any(tensor.device == self.device for tensor in model.parameters()) else torch.device("cpu")
-        loader = session.segments.begin(segment, data, training.schedule, device)
+        loader = session.segments.begin(segment, data, training.schedule, device_of(model, self.device))
         session.reports.forget_recomputed()
         self._is_training = True
         try:
@@ -267,29 +263,6 @@ class Run:
         return self._session.open_kv()
 
     # ---- the end
-
-    def stop(self, reason: str) -> None:
-        """Have the run end here, on all workers after the same round: early stopping.
-
-        The run ends as if that round were its last planned one: with the model, a summary, a last checkpoint and exit code 0.
-        The loop over `batches` ends there, and later loops yield nothing. The summary and the launcher's last lines have the
-        `reason` and the worker that asked. Any worker may call this, several may, and at any place of the script after its first
-        batch. The first call counts.
-
-        This returns when the coordinator and all servers have agreed on the last round. If every worker calls this at the same
-        `round` n, the run has exactly n rounds (at least one), on any cluster. If only some workers do, the others may have
-        completed more rounds meanwhile, and these count. A round that no server has begun to apply is left out. Under `ssp` and
-        `async` the last round is the newest that any worker has begun. Under `local` and `average` the run ends after a merge:
-        the last one, or the next if this worker has stepped since.
-
-        Raises UsageError before the first batch, and NoAnswer if the coordinator does not answer in time.
-        """
-        self._session.end_run(str(reason))
-
-    @property
-    def stopped(self) -> bool:
-        """True once this worker knows that the run ends early, because a script has called `stop`."""
-        return self._session.departure.ends_after is not None
 
     def leave(self) -> None:
         """Leave the run after the current micro-batch. The script ends there, and other workers do the rest.

@@ -35,6 +35,9 @@ from roundtable.common.protocol.messages.replication import (
 )
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import (
+    Collective,
+    CollectiveOutcome,
+    CollectiveParts,
     EndRun,
     Goodbye,
     Heartbeat,
@@ -69,7 +72,7 @@ Message = (
     | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus
     | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck
     | RequestState | StateHeader | StatePart | StatePartAck
-    | EndRun | HoldUpdates | UpdatesHeld
+    | EndRun | HoldUpdates | UpdatesHeld | Collective | CollectiveParts | CollectiveOutcome
     | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 #: Largest size of a Hello, in bytes.

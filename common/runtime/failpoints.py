@@ -25,6 +25,7 @@ POINTS: Mapping[str, str] = {
     "computing": "worker: a gradient is made, and no server has it",
     "pushing": "worker: the first message of a contribution is sent, others are not",
     "pushed": "worker: a contribution is sent, no acknowledgement is read",
+    "evaluating": "worker: it has a batch of an evaluation, and the coordinator has no result",
     "receiving": "worker: the first weights of a round have come",
     "aggregating": "server: a contribution has come, and is not applied or acknowledged",
     "applying": "server: the first chunk of a round is applied, or of a push where each is at once",

@@ -21,7 +21,7 @@ from roundtable.common.protocol.flow_limits import Inflow, Standing
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, RoundReady, UpdatesHeld
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed
-from roundtable.common.protocol.messages.session import EndRun, Goodbye, Heartbeat, Reassign, RequestWork, Stop
+from roundtable.common.protocol.messages.session import Collective, EndRun, Goodbye, Heartbeat, Reassign, RequestWork, Stop
 from roundtable.common.protocol.messages.setup import Plan, Setup
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.transport import HEARTBEAT_S, ForeignRun, Frames, receive
@@ -36,6 +36,7 @@ from roundtable.ps.coordinator.ending.early_end import EarlyEnd
 from roundtable.ps.coordinator.ending.farewell import Farewell, RestartRun
 from roundtable.ps.coordinator.ending.stopping import Stopping
 from roundtable.ps.coordinator.parts.checkpoints import CheckpointDriver
+from roundtable.ps.coordinator.parts.collectives import Collectives
 from roundtable.ps.coordinator.parts.departures import Departures
 from roundtable.ps.coordinator.parts.failover import Failover
 from roundtable.ps.coordinator.parts.joining import Joining
@@ -90,6 +91,7 @@ class Coordinator:
         self.status = StatusReporter(context, self.model, self._rejections, now)
         self.deadline = Deadline(context, self.model, self.departures, self.checkpoints, self.status)
         self.summary = RunSummary(context, self.model, self.departures, self.planning, self.status)
+        self.collectives = Collectives(context, self.summary)
         seen = {member.hello.pid for member in restored.members.values()} if restored is not None else set()
         self.joining = Joining(context, self.model, seen)
         self._handlers = self._all_handlers()
@@ -293,6 +295,7 @@ class Coordinator:
             Metrics: self.summary.log_metrics,
             Recomputed: self.model.recomputed,
             EndRun: self.early_end.request,
+            Collective: self.collectives.at,
             Goodbye: self.departures.goodbye,
         }
         return {"server": servers, "worker": workers}

@@ -26,7 +26,7 @@ from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.config.worker_facts import FirstFacts
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.commit import Committed, Contribution
-from roundtable.common.protocol.messages.session import Hello, Stop
+from roundtable.common.protocol.messages.session import CollectiveOutcome, Hello, Stop
 from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import RunLog, connect_to_write, round_rows
@@ -130,6 +130,8 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
         yield "end", "", ledger.run_end
     for about, told in ledger.facts.items():
         yield "told", about, told
+    for place, outcome in ledger.outcomes.items():
+        yield "outcome", place, outcome
     for server, reported in ledger.reported.items():
         yield "reported", str(server), reported
     yield "pending", "", list(ledger.pending)
@@ -207,6 +209,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     # since the restart no worker may have sent the plans of rounds before `head.resume` again
     ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.run_end = state("end", RunEnd).get("")
+    ledger.outcomes = state("outcome", CollectiveOutcome)
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     ledger.dropped = [row for rows in state("dropped", list[Contribution]).values() for row in rows]

@@ -187,6 +187,8 @@ class Case:
     told: Sequence[tuple[str, float, float]] = ()
     #: True if workers are on the coordinator's host, so that silent ones soon count as lost.
     near: bool = False
+    #: Scripts agree on a value and evaluate after each loop over batches.
+    decides: bool = False
     #: In a run with replicas: (server, when, after how many seconds another process is there) of servers that are killed once
     #: every shard has a copy.
     replaced: Sequence[tuple[int, float, float]] = ()
@@ -975,6 +977,8 @@ class WorkerProcess(Process):
         self.index = number_of(key) if index is None else index
         self.pace = pace
         self.done = self.breaks = False
+        #: What the script got when workers decided together.
+        self.decided: list[Any] = []
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self.script = ScriptThread(self._live)
@@ -1206,6 +1210,18 @@ class WorkerProcess(Process):
                     break
                 if self.pace.pause_s:
                     self._sleep(self.pace.pause_s * self.world.random.random())
+            if case.decides:
+                self._decide(run)
+
+    def _decide(self, run: Run) -> None:
+        """Agree on a value, and evaluate on more batches than there are workers."""
+
+        def measure(batch: torch.Tensor) -> dict[str, float]:
+            self._sleep(self.pace.compute_s * self.world.random.random())
+            return {"total": float(batch.double().mean()) + 0.1}
+
+        agreed = run.agree({"from": self.key, "round": run.round})
+        self.decided.append((agreed, run.evaluate(measure, Numbers(17), micro_batch=2), run.agree(None)))
 
     def _end_if_due(self, run: Run) -> bool:
         """Ask for the run's end, if it is time. Whether it was."""

@@ -115,7 +115,7 @@ def test_where_workers_step_locally_any_class_will_do(cls: Any, monkeypatch: pyt
     run._model, run._buffer_rules = nn.Linear(2, 3, bias=False), {}
     context: Any = SimpleNamespace(policy=SimpleNamespace(is_local=True, outer_optimizer=None, applies="round"))
     none: Any = None
-    assembly = Assembly(context, none, none, none, none, 1, (none, none))
+    assembly = Assembly(context, none, none, none, none, none, 1, (none, none))
     run._session = SimpleNamespace(training=None, assembly=assembly)
     with pytest.raises(Stop):
         Run.optimizer(run, cls, lr=0.1)

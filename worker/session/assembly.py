@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from roundtable.common.protocol.effects import COORDINATOR
-from roundtable.common.protocol.messages.commit import Mean
 from roundtable.common.protocol.messages.embedding import RowAck, Rows
 from roundtable.common.protocol.messages.sharded import LayerAck, ShardedForwardReply
 from roundtable.common.protocol.shared_memory import Handle
@@ -34,10 +32,8 @@ from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.router import MessageRouter
+from roundtable.worker.session.epoch_metrics import EpochMetrics
 from roundtable.worker.session.training import Training
-
-#: Seconds after which a worker asks for the mean loss of a data epoch again.
-_MEAN_AGAIN_S = 0.1
 
 
 class Assembly:
@@ -50,12 +46,14 @@ class Assembly:
         tasks: TaskQueue,
         departure: Departure,
         merge_hooks: MergeHooks,
+        metrics: EpochMetrics,
         servers: int,
         rounds: tuple[Callable[[], int], Callable[[], int]],
     ) -> None:
         """`rounds`: return the round of the model's weights, and the round of the micro-batch that is computed now."""
         self._context, self._router, self._tasks = context, router, tasks
         self._departure, self._merge_hooks, self._servers = departure, merge_hooks, servers
+        self._metrics = metrics
         self._round, self._computed = rounds
 
     def assemble(
@@ -142,14 +140,7 @@ class Assembly:
         Return None if pushes are applied at once and some worker has not finished the data epoch. Raises UsageError if no loss
         was logged.
         """
-        waits = self._context.policy.applies == "round"
-        answer = self._context.request(
-            COORDINATOR,
-            Mean(epoch, "loss"),
-            lambda body: isinstance(body, Mean) and body.epoch == epoch and (body.complete or not waits),
-            again=_MEAN_AGAIN_S,
-        )
-        assert isinstance(answer, Mean)
+        answer = self._metrics.mean(epoch, "loss", waits=self._context.policy.applies == "round")
         if answer.complete and answer.value is None:
             raise UsageError(NO_LOSS)
         return answer.value if answer.complete else None

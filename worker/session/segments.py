@@ -54,9 +54,14 @@ class Segments:
         return not self._all
 
     @property
+    def begun(self) -> int:
+        """The number of segments that have begun."""
+        return len(self._all)
+
+    @property
     def done(self) -> bool:
         """Whether no segment is under way."""
-        return not self._all or self._round() >= self._all[-1].end or self._is_over
+        return not self._all or self.round >= self._all[-1].end or self._is_over
 
     @property
     def is_cut_off(self) -> bool:
@@ -69,7 +74,9 @@ class Segments:
         work = self._work()
         return work is not None and self._departure.is_end(work.updates)
 
-    def _round(self) -> int:
+    @property
+    def round(self) -> int:
+        """The round of the model's weights."""
         work = self._work()
         return work.round if work is not None else 0
 
@@ -113,7 +120,7 @@ class Segments:
         """Return how many micro-batches of a segment this worker computes from now on, if shares stay as they are."""
         with self._context.io.lock:
             table = self._tasks.tables[-1]
-            sizes = segment.rounds_by_size(self._round())
+            sizes = segment.rounds_by_size(self.round)
             return sum(rounds * len(table.run(self._context.name, count)) for count, rounds in sizes.items())
 
     def begin(self, segment: Segment, data: Data, schedule: alike.ScheduleFacts | None, device: torch.device = _CPU) -> Loader:
@@ -123,7 +130,7 @@ class Segments:
         """
         if not self.done:
             raise UsageError(
-                f"the previous run.batches() loop stopped at round {self._round()} of {self._all[-1].end}: finish it before "
+                f"the previous run.batches() loop stopped at round {self.round} of {self._all[-1].end}: finish it before "
                 "starting another."
             )
         self._all.append(segment)
@@ -134,7 +141,7 @@ class Segments:
             if name == COORDINATOR and isinstance(ready, PlanReply):
                 plan = Plan(segment, ready.seal)
         seed, forecast = self._context.settings.seed, lambda: self._forecast(segment)
-        is_over = self._is_over or self._round() >= segment.end  # for a late worker, or after the run's early end
+        is_over = self._is_over or self.round >= segment.end  # for a late worker, or after the run's early end
         processes = None if is_over else self._processes_for(data, device)
         return Loader(data, segment, seed, forecast=forecast, processes=processes, device=device)
 
@@ -186,7 +193,7 @@ class Segments:
         """Yield the micro-batches that this worker will probably compute."""
         round_ = segment.first_round
         while round_ < segment.end:
-            round_ = max(round_, self._round())
+            round_ = max(round_, self.round)
             if round_ >= segment.end:
                 return
             with self._context.io.lock:

@@ -30,7 +30,9 @@ from roundtable.worker.optim.optimizer import silence_scheduler_warnings
 from roundtable.worker.reports import ReportQueue
 from roundtable.worker.router import MessageRouter
 from roundtable.worker.session.assembly import Assembly
+from roundtable.worker.session.collectives import Collectives
 from roundtable.worker.session.ending import Ending
+from roundtable.worker.session.epoch_metrics import EpochMetrics
 from roundtable.worker.session.final_tensors import FinalTensors
 from roundtable.worker.session.segments import Segments
 from roundtable.worker.session.training import Training
@@ -53,11 +55,13 @@ class Session:
         self.tasks = TaskQueue(welcome.process, welcome.share_tables)
         self.router = MessageRouter(io, self.tasks, self.reports, self._hear)
         self.ending = Ending(self.context, self.router, self.reports)
+        self.metrics = EpochMetrics(self.context, lambda: self.work.epoch if self.work is not None else 0)
         self.assembly = Assembly(
-            self.context, self.router, self.tasks, self.departure, self.merge_hooks, self.servers,
+            self.context, self.router, self.tasks, self.departure, self.merge_hooks, self.metrics, self.servers,
             rounds=(lambda: self.round, lambda: self._computed),
         )  # fmt: skip
         self.segments = Segments(self.context, self.tasks, self.departure, self.servers, lambda: self.work)
+        self.collectives = Collectives(self.context, self.router, self.tasks, self.segments)
         #: None before the script has made its optimizer.
         self.training: Training | None = None
         self.final_tensors = FinalTensors()

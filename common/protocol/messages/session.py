@@ -210,6 +210,58 @@ class EndRun(Body, frozen=True):
         msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))
 
 
+#: Parts that a worker gets, or has done, at a time.
+MOST_PARTS = 1000
+
+
+class PartDone(msgspec.Struct, frozen=True, array_like=True):
+    """The result of a part of a collective."""
+
+    part: Count
+    #: Of an agreement: the chief's value, in MessagePack.
+    value: Annotated[bytes, msgspec.Meta(max_length=1 << 16)] = b""
+    #: Of an evaluation, by metric: the sum of metric x weight, and the weight.
+    sums: ByName[tuple[float, float]] = {}
+
+
+class Collective(Body, frozen=True):
+    """My script is at this collective. What am I to compute of it, or what is its outcome?
+
+    Two scripts are at the same collective if they have begun as many `loops` over batches, and as many collectives since then.
+    """
+
+    loops: Count
+    number: Count
+    kind: Literal["agree", "evaluate"]
+    #: Parts that have to be done: 1 for an agreement, else batches.
+    parts: Count
+    #: Of an evaluation: the samples in all its batches.
+    samples: Count = 0
+    #: The round of the weights in the model.
+    round: Count = 0
+    done: Annotated[list[PartDone], msgspec.Meta(max_length=MOST_PARTS)] = []
+
+
+class CollectiveParts(Body, frozen=True):
+    """Compute these parts of the collective, and ask again. With no parts: others compute what is left."""
+
+    loops: Count
+    number: Count
+    parts: Annotated[list[Count], msgspec.Meta(max_length=MOST_PARTS)]
+    #: How many parts are not done.
+    missing: Count = 0
+
+
+class CollectiveOutcome(Body, frozen=True):
+    """The outcome of the collective. It is the same for all workers, also for those that come later."""
+
+    loops: Count
+    number: Count
+    value: Annotated[bytes, msgspec.Meta(max_length=1 << 16)] = b""
+    #: Of an evaluation: the weighted mean of each metric.
+    means: ByName[float] = {}
+
+
 class Goodbye(Body, frozen=True):
     """My script has ended, when `round` rounds were in my model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -65,6 +66,13 @@ class RunSummary:
         self._accuracy = measured(metrics.values, metrics.round) or self._accuracy
         for name, value in metrics.values.items():
             context.log.metric(metrics.round, worker.name, name, value, worker.incarnation, metrics.id)
+
+    def evaluated(self, round_: int, samples: int, means: Mapping[str, float], number: int) -> None:
+        """Write what all workers have measured together on `samples` samples. `number` tells evaluations apart."""
+        context, values = self._context, {**means, "held_out": float(samples)}
+        self._accuracy = measured(values, round_) or self._accuracy
+        for name, value in values.items():
+            context.log.metric(round_, "all workers", name, value, context.mail.stamp.incarnation, number)
 
     def write(self) -> None:
         """Write summary.json. Raises ClusterError if it cannot be written."""

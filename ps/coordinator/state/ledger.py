@@ -29,7 +29,7 @@ from roundtable.common.protocol.messages.commit import (
     Report,
     ReportAck,
 )
-from roundtable.common.protocol.messages.session import Refused
+from roundtable.common.protocol.messages.session import CollectiveOutcome, Refused
 from roundtable.common.protocol.messages.setup import PlanReply, Setup, SetupReply
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps import differences
@@ -100,6 +100,8 @@ class Ledger:
         self.segments: list[Segment] = []
         #: The end that a script has asked for; None if none has.
         self.run_end: RunEnd | None = None
+        #: Outcomes of collectives, by their place in the script.
+        self.outcomes: dict[str, CollectiveOutcome] = {}
         #: By 'setup' or plan: facts that all workers must have in common, from the first worker that sent them.
         self.facts: dict[str, FirstFacts] = {}
         self.totals = Totals()
@@ -125,7 +127,7 @@ class Ledger:
         """Go on with other settings. The workers send the model and the plans again."""
         self.settings, self._policy = settings, load(settings)
         self.layout = self.setup = None
-        self.segments, self.facts = [], {}
+        self.segments, self.facts, self.outcomes = [], {}, {}
         self.pending, self.dropped, self.reported = [], [], {}
         self.contributors = set()
 

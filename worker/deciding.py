@@ -1,0 +1,98 @@
+"""The part of a run in which workers decide together, as a script sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.worker.data.arguments import BatchArguments, resolve
+from roundtable.worker.session.collectives import Means
+from roundtable.worker.session.epoch_metrics import EpochMetrics
+from roundtable.worker.session.session import Session
+
+
+class Deciding:
+    """A base of `Run`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        #: The device for the tensors of the training loop.
+        self.device = (
+            torch.device("cuda", session.context.index % torch.cuda.device_count())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+        self._model: nn.Module | None = None
+
+    def agree(self, value: Any) -> Any:
+        """Return the chief's `value` on every worker: None, a number, a string, bytes, or lists and dicts of these, up to 64 KiB.
+
+        Every worker calls this, in the same order, between two loops over batches. A worker that joins later gets the same value
+        at the same place of its script. Raises UsageError, with the script's line, inside a loop or for another value.
+        """
+        return self._session.collectives.agree(value)
+
+    def evaluate(
+        self, function: Callable[[Any], Means], dataset: Dataset[Any] | DataLoader[Any], **arguments: Unpack[BatchArguments]
+    ) -> dict[str, float]:
+        """Measure the model together with all other workers, and return the same means on each.
+
+        `function(batch)` returns a dict of means over the batch, or a pair of such a dict and the batch's weight, which is its
+        number of samples by default. Each batch is computed by some worker, on `device`, with the model in evaluation mode and
+        without gradients. The results are the weighted means over all batches, with the same bits on any number of workers. They
+        are logged as those of held-out samples. `arguments` are those of `batches` about samples and their order, which is the
+        data set's own by default; `micro_batch` is the size of a batch.
+
+        Every worker calls this, in the same order and with the same data, between two loops over batches. Raises UsageError
+        inside a loop, before the first one, or if `function` returns something else.
+        """
+        if self._model is None or not self._session.has_trained:
+            raise UsageError("run.evaluate() measures a model in training: call it after a loop over run.batches().")
+        if not isinstance(dataset, DataLoader) and not arguments.keys() & {"order", "sampler", "shuffle"}:
+            arguments["shuffle"] = False
+        try:
+            data = resolve(dataset, arguments, self._session.context.settings.seed, 0)
+        except UsageError as error:
+            raise UsageError(f"{script_line()}: {error}") from None
+        return self._session.collectives.evaluate(function, data, self._model, device_of(self._model, self.device))
+
+    @property
+    def metrics(self) -> EpochMetrics:
+        """The means of what scripts have logged for their batches, over the newest data epoch that is done.
+
+        `run.metrics["loss"]` is the same number on every worker. Raises KeyError if nothing of that name was logged.
+        """
+        return self._session.metrics
+
+    def stop(self, reason: str) -> None:
+        """Have the run end here, on all workers after the same round: early stopping.
+
+        The run ends as if that round were its last planned one: with the model, a summary, a last checkpoint and exit code 0.
+        The loop over `batches` ends there, and later loops yield nothing. The summary and the launcher's last lines have the
+        `reason` and the worker that asked. Any worker may call this, several may, and at any place of the script after its first
+        batch. The first call counts.
+
+        This returns when the coordinator and all servers have agreed on the last round. If every worker calls this at the same
+        `round` n, the run has exactly n rounds (at least one), on any cluster. If only some workers do, the others may have
+        completed more rounds meanwhile, and these count. A round that no server has begun to apply is left out. Under `ssp` and
+        `async` the last round is the newest that any worker has begun. Under `local` and `average` the run ends after a merge:
+        the last one, or the next if this worker has stepped since.
+
+        Raises UsageError before the first batch, and NoAnswer if the coordinator does not answer in time.
+        """
+        self._session.end_run(str(reason))
+
+    @property
+    def stopped(self) -> bool:
+        """True once this worker knows that the run ends early, because a script has called `stop`."""
+        return self._session.departure.ends_after is not None
+
+
+def device_of(model: nn.Module, device: torch.device) -> torch.device:
+    """Return the device for batches: `device` if the model is there, else the CPU."""
+    return device if any(tensor.device == device for tensor in model.parameters()) else torch.device("cpu")
