@@ -88,7 +88,7 @@ def plain_loop(is_shuffled: bool) -> str:
     [
         pytest.param(["--workers", 1, "--servers", 1], "processes", "", marks=pytest.mark.long),
         (["--workers", 3, "--servers", 2], "shards", "worker-1:computing:4:kill"),
-        (["--workers", 2, "--servers", 1, "--transport", "tcp"], "plain", ""),
+        (["--workers", 2, "--servers", 1, "--transport", "tcp"], "plain", "worker-0:pushed:7:kill"),
     ],
 )
 def test_each_sample_counts_once_whoever_reads_it(

@@ -73,6 +73,12 @@ def test_a_tar_file_that_webdataset_has_written_is_read(tmp_path: Path) -> None:
     assert [(number, tensor.tolist()) for number, tensor in stream] == [(n, [n, n]) for n in range(4)]
 
 
+def test_a_pipeline_of_webdataset_is_refused_in_favour_of_its_files(shards: list[str]) -> None:
+    wds = pytest.importorskip("webdataset")
+    with pytest.raises(UsageError, match=r"^a WebDataset pipeline cannot begin at a position: pass roundtable\.tar_stream"):
+        resolve(wds.WebDataset(shards, shardshuffle=False).decode(), BatchArguments(), SEED, 0)
+
+
 def test_a_sample_is_all_members_in_a_row_with_one_path_up_to_the_first_dot(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a/b.c.jpg", b"1"), ("a/b.Seg.PNG", b"2"), ("d.x/b.txt", b"3"), ("e.txt", b"")])
     url = {"__url__": path}

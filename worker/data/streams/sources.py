@@ -73,6 +73,11 @@ def _size(dataset: Any, samples: Lengths) -> int:
         try:
             return len(dataset)
         except (TypeError, NotImplementedError):
+            if type(dataset).__module__.startswith("webdataset"):
+                raise UsageError(
+                    "a WebDataset pipeline cannot begin at a position: pass roundtable.tar_stream(shards, decode) with its tar "
+                    "files."
+                ) from None
             raise UsageError(
                 f"{type(dataset).__name__} has no length, so nobody knows when an epoch ends: pass "
                 "roundtable.stream_of(dataset, samples=...), or give it num_shards and open_shard(shard, position)."
