@@ -22,6 +22,7 @@ from roundtable.common.config.worker_facts import MOST_FACTS, MOST_NUMBERS, Fact
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.loader import Samples, StreamSamples, samples_of
 from roundtable.worker.data.orders import Order
+from roundtable.worker.data.streams.order import StreamOrder
 from roundtable.worker.data.streams.stream import Stream
 from roundtable.worker.optim.optimizer import Hypers
 from roundtable.worker.replica.buffers import Constant, parts_of
@@ -130,11 +131,12 @@ def _by_key(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 # ---- data
 
 
-def order_facts(order: Order, segment: Segment) -> list[Fact]:
+def order_facts(order: Order | StreamOrder, segment: Segment) -> list[Fact]:
     """Of the order of samples: its name and seed, and unless these say all, hashes of the first and the last epoch."""
     facts = [setting("the order of samples", order.name), setting("the seed of the order", order.seed)]
-    epochs = () if order.is_named else {segment.first_epoch, segment.first_epoch + max(1, segment.passes) - 1}
-    for epoch in sorted(epochs):
+    if isinstance(order, StreamOrder) or order.is_named:
+        return facts
+    for epoch in sorted({segment.first_epoch, segment.first_epoch + max(1, segment.passes) - 1}):
         indices = order.indices(epoch)
         digest = hashlib.blake2b(indices.numpy().tobytes(), digest_size=4).hexdigest()
         facts.append(setting(f"the order of epoch {epoch}", f"{digest} ({len(indices)} indices)"))

@@ -18,7 +18,7 @@ from train_streams import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, SHARDS, 
 
 from roundtable.common.config.batch_plan import derive_seed, make_segment
 from roundtable.common.runtime.failpoints import VARIABLE
-from roundtable.worker.data.streams.order import stream_order
+from roundtable.worker.data.streams.order import StreamOrder
 from roundtable.worker.data.streams.stream import Stream
 
 SCRIPT = Path(__file__).with_name("train_streams.py")
@@ -36,7 +36,7 @@ def epoch_of(epoch: int, is_shuffled: bool) -> list[int]:
     plan = make_segment(
         before=None, samples=len(SAMPLES), global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, epochs=EPOCHS, round_limit=None
     )
-    order = stream_order(Stream(len(SHARDS), open_shard, SHARDS), 0, True, WINDOW).of(plan, epoch)
+    order = StreamOrder(Stream(len(SHARDS), open_shard, SHARDS), 0, True, WINDOW).of(plan, epoch)
     found = [order[place] for place in range(len(SAMPLES))]
     assert sorted(found) == list(range(len(SAMPLES)))
     return found

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.orders import Order, OrderFunction, order_by, shuffled
 from roundtable.worker.data.samplers import inner_of_batch_sampler, order_of_sampler
-from roundtable.worker.data.streams.order import stream_order
+from roundtable.worker.data.streams.order import StreamOrder
 from roundtable.worker.data.streams.sources import is_stream, stream_of
 from roundtable.worker.data.streams.stream import Stream
 
@@ -71,7 +71,7 @@ class Data:
     dataset: Dataset[Any]
     #: Samples of the data set.
     samples: int
-    order: Order
+    order: Order | StreamOrder
     #: None where the run's settings say it.
     micro_batch: int | None = None
     global_batch: int | None = None
@@ -228,7 +228,7 @@ def _order(given: dict[str, Any], seed: int, samples: int, epoch: int) -> Order:
     return shuffled(samples, given.get("shuffle", True), seed)
 
 
-def _stream_order(given: Mapping[str, Any], seed: int, stream: Stream) -> Order:
+def _stream_order(given: Mapping[str, Any], seed: int, stream: Stream) -> StreamOrder:
     """Return the order of a stream that arguments ask for."""
     for name in ("order", "sampler", "batch_sampler"):
         if name in given:
@@ -236,4 +236,4 @@ def _stream_order(given: Mapping[str, Any], seed: int, stream: Stream) -> Order:
                 f"{stream.kind} is a stream, whose samples come by shards: pass shuffle= or shuffle_window= for {name}=."
             )
     seed += given["generator"].initial_seed() if "generator" in given else 0
-    return stream_order(stream, seed, given.get("shuffle", True), given.get("shuffle_window", 1))
+    return StreamOrder(stream, seed, given.get("shuffle", True), given.get("shuffle_window", 1))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from roundtable.common.config.batch_plan import Segment, derive_seed
-from roundtable.worker.data.orders import Order, generator
+from roundtable.worker.data.orders import generator
 from roundtable.worker.data.streams.stream import Stream
 
 #: Tracks of a round. A worker that is alone has as many shards open.
@@ -29,29 +29,30 @@ _BLOCKS = 2 * MOST_TRACKS
 
 
 @dataclass(frozen=True)
-class StreamOrder(Order):
-    """The order that a loop over a stream has in each of its epochs. `function` is not used."""
+class StreamOrder:
+    """The order that a loop over a stream has in each of its epochs."""
 
-    stream: Stream | None = None
-    shuffle: bool = True
-    window: int = 1
+    stream: Stream
+    seed: int
+    #: Whether shards are shuffled.
+    shuffle: bool
+    #: How many samples in a row are shuffled.
+    window: int
+
+    @property
+    def name(self) -> str:
+        """The name that workers compare."""
+        return f"{'shuffled shards' if self.shuffle else 'shards'} of {len(self.stream.shards)}, window {self.window}"
+
+    @property
+    def places(self) -> int:
+        """Places that each epoch has."""
+        return len(self.stream)
 
     def of(self, segment: Segment, epoch: int) -> EpochOrder:
         """Return the numbers of samples by their places in an epoch of `segment`."""
-        assert self.stream is not None
         tracks = tracks_of(segment, len(self.stream.shards)) if self.shuffle else 1
         return EpochOrder(self, epoch, segment.global_batch, tracks)
-
-
-def stream_order(stream: Stream, seed: int, shuffle: bool, window: int) -> StreamOrder:
-    """Return the order of a stream. `shuffle` is for shards, and `window` is how many samples in a row are shuffled."""
-    name = f"{'shuffled shards' if shuffle else 'shards'} of {len(stream.shards)}, window {window}"
-
-    def unused(seed: int, epoch: int) -> None:
-        raise NotImplementedError("a stream's order needs the sizes of batches")
-
-    size = len(stream)
-    return StreamOrder(name, unused, seed, size, size, True, stream, shuffle, window)
 
 
 def tracks_of(segment: Segment, shards: int) -> int:
@@ -66,7 +67,6 @@ class EpochOrder:
     """The samples of one epoch by their places. `order[place]` is the number of a sample in the stream."""
 
     def __init__(self, order: StreamOrder, epoch: int, global_batch: int, tracks: int) -> None:
-        assert order.stream is not None
         self._order, self._stream, self._epoch = order, order.stream, epoch
         self._size, self._round, self._tracks = order.places, global_batch, tracks
         #: Samples that a round takes of a track, and samples that a track has. A round that is not whole has no tracks.
@@ -76,7 +76,7 @@ class EpochOrder:
         row = torch.randperm(len(shards), generator=generator(order.seed, epoch)).tolist() if order.shuffle else shards
         self._row: list[int] = [shard for shard in row if self._stream.lengths[shard]]
         self._ends = list(itertools.accumulate(self._stream.lengths[shard] for shard in self._row))
-        self._blocks: dict[int, list[int]] = {}
+        self._blocks: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -108,5 +108,5 @@ class EpochOrder:
                 del self._blocks[next(iter(self._blocks))]
             draw = torch.Generator().manual_seed(derive_seed(self._order.seed, "window", self._epoch, block))
             size = min(window, self._size - block * window)
-            self._blocks[block] = torch.randperm(size, generator=draw).tolist()
-        return block * window + self._blocks[block][within]
+            self._blocks[block] = torch.randperm(size, generator=draw, dtype=torch.int32)
+        return block * window + int(self._blocks[block][within])
