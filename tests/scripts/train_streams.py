@@ -50,8 +50,10 @@ def main(kind: str) -> None:
     model = run.replicate(network())
     opt = run.optimizer(torch.optim.SGD, **OPTIMIZER)
     sizes: Any = {"global_batch": GLOBAL_BATCH, "epochs": EPOCHS}
+    stream: Any
     if kind == "plain":
-        batches = run.batches(DataLoader(Flow(), batch_size=MICRO_BATCH), **sizes)
+        stream = Flow()
+        batches = run.batches(DataLoader(stream, batch_size=MICRO_BATCH), **sizes)
     else:
         wrong = {"long": [60, *SHARDS[1:]], "deaf": SHARDS}.get(kind, SHARDS)
         stream = roundtable.Stream(
@@ -65,6 +67,9 @@ def main(kind: str) -> None:
         loss.backward()
         run.log(loss=loss)
         opt.step()
+    found = run.evaluate(lambda batch: {"class": batch[1].float().mean()}, stream, micro_batch=9)
+    classes = [float(y) for _, y in stream]
+    assert abs(found["class"] - sum(classes) / len(classes)) < 1e-6
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def test_shards_in_order_are_the_order_of_the_stream() -> None:
     plan = segment_of(data, 4, 2, epochs=2)
     mine = loader(data, plan)
     seen = [sample[0] for task in tasks_of(plan) for sample in mine.load(task)]
+    assert [data.order.indices(1)[place] for place in range(13)] == list(range(13))
     assert seen == everything([3, 0, 6, 4]) * 2 == [sample[0] for sample in Shards([3, 0, 6, 4]).stream()] * 2
 
 

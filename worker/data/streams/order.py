@@ -54,6 +54,10 @@ class StreamOrder:
         tracks = tracks_of(segment, len(self.stream.shards)) if self.shuffle else 1
         return EpochOrder(self, epoch, segment.global_batch, tracks)
 
+    def indices(self, epoch: int) -> EpochOrder:
+        """Return the numbers of samples by their places in an epoch that has no rounds, such as an evaluation."""
+        return EpochOrder(self, epoch, self.places, 1)
+
 
 def tracks_of(segment: Segment, shards: int) -> int:
     """Return how many tracks a segment's rounds have: a divisor of their micro-batches, and at most one for each shard."""
