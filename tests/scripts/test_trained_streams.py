@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_reads_what_is_left(launch:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("long", ", though it was said to have 60: correct this"),
+        pytest.param("long", ", though it was said to have 60: correct this", marks=pytest.mark.long),
         ("deaf", "Stream cannot be opened at a position: shard 0 at position 1 does not begin with its second sample"),
     ],
 )
