@@ -61,6 +61,17 @@ class Deciding:
             raise UsageError(f"{script_line()}: {error}") from None
         return self._session.collectives.evaluate(function, data, self._model, device_of(self._model, self.device))
 
+    def save(self, name: str) -> None:
+        """Save the model as it is now, as `models/NAME.safetensors` in the run directory. Replace an earlier one.
+
+        The file is made like that of the trained model, from the servers' weights. Every worker calls this, in the same order,
+        between two loops over batches. Raises UsageError inside a loop, before the first one, or for a name that is none.
+        """
+        if not self._session.has_trained:
+            raise UsageError(f"{script_line()}: run.save() saves a model in training: call it after a loop over run.batches().")
+        self._session.ending.await_recomputed()
+        self._session.collectives.save(name)
+
     @property
     def metrics(self) -> EpochMetrics:
         """The means of what scripts have logged for their batches, over the newest data epoch that is done.

@@ -17,7 +17,16 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.private_files import make_run_dir
-from roundtable.common.storage.run_files import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, How, is_run
+from roundtable.common.storage.run_files import (
+    MODEL_FILE,
+    RUNS,
+    SAVED_MODELS,
+    SETTINGS_FILE,
+    SETTINGS_HEADER,
+    SUMMARY_FILE,
+    How,
+    is_run,
+)
 
 ADDRESS_FILE = "address"
 SCALE_FILE = "scale"
@@ -150,7 +159,7 @@ def kept(folder: Path) -> str:
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Remove the files `names` of an earlier run. If its event log is among them, remove its logs and checkpoints too."""
+    """Remove the files `names` of an earlier run. With its event log, remove its logs, checkpoints and models too."""
     try:
         for name, suffix in itertools.product(names, _SUFFIXES):
             (folder / (name + suffix)).unlink(missing_ok=True)
@@ -159,6 +168,8 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
                 log.unlink()
             for path in checkpoint.folders(folder):
                 checkpoint.remove(path)
+            for model in (folder / SAVED_MODELS).glob("*.safetensors"):
+                model.unlink()
     except OSError as error:
         raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
 

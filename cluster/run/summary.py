@@ -9,7 +9,7 @@ from typing import Any
 from roundtable.cluster.run.run_directory import LOGS
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
-from roundtable.common.storage.run_files import MODEL_FILE
+from roundtable.common.storage.run_files import MODEL_FILE, SAVED_MODELS
 
 #: Characters of a hash that are shown.
 SHORT_SHA = 12
@@ -54,6 +54,8 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"weights_sha256 {summary['weights_sha256'][:SHORT_SHA]}")
     if (folder / MODEL_FILE).exists():
         lines.append(f"the model is in {folder / MODEL_FILE}")
+    for name, saved in summary.get("saved", {}).items():
+        lines.append(f"the model of round {saved['round']} is in {folder / SAVED_MODELS / name}.safetensors")
     return lines
 
 

@@ -12,6 +12,8 @@ from roundtable.common.storage.event_log import FILE_NAME
 SETTINGS_FILE = "settings.toml"
 SUMMARY_FILE = "summary.json"
 MODEL_FILE = "model.safetensors"
+#: The folder of the models that a script has saved by `run.save`.
+SAVED_MODELS = "models"
 RUNS = Path("runs")
 
 #: The start of a coordinator in a run directory. It begins a run, or takes the place of a dead coordinator whose servers and

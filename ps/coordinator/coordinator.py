@@ -91,7 +91,7 @@ class Coordinator:
         self.status = StatusReporter(context, self.model, self._rejections, now)
         self.deadline = Deadline(context, self.model, self.departures, self.checkpoints, self.status)
         self.summary = RunSummary(context, self.model, self.departures, self.planning, self.status)
-        self.collectives = Collectives(context, self.summary)
+        self.collectives = Collectives(context, self.model, self.summary)
         seen = {member.hello.pid for member in restored.members.values()} if restored is not None else set()
         self.joining = Joining(context, self.model, seen)
         self._handlers = self._all_handlers()
@@ -222,6 +222,7 @@ class Coordinator:
         self.status.tick(now)
         self.checkpoints.tick(now, self.stopping.awaits_checkpoint)
         self.model.tick(now)
+        self.collectives.tick(now)
         self.deadline.tick(now)
 
     def is_finished(self) -> bool:

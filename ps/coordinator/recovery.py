@@ -30,7 +30,7 @@ from roundtable.common.protocol.messages.session import CollectiveOutcome, Hello
 from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import RunLog, connect_to_write, round_rows
-from roundtable.ps.coordinator.state.ledger import Ledger, Reported, RunEnd
+from roundtable.ps.coordinator.state.ledger import Ledger, Reported, RunEnd, SavedModel
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.summary_metrics import Measured, measured
@@ -128,6 +128,8 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
         yield "plan", str(segment.index), segment
     if ledger.run_end is not None:
         yield "end", "", ledger.run_end
+    for name, saved in ledger.saved.items():
+        yield "saved", name, saved
     for about, told in ledger.facts.items():
         yield "told", about, told
     for place, outcome in ledger.outcomes.items():
@@ -168,7 +170,7 @@ def restore(path: Path, upto: int | None = None, has_finished: bool = False) -> 
                 head = restored.head
                 restored.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
                 db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
-                db.execute("DELETE FROM state WHERE kind NOT IN ('planned', 'end')")
+                db.execute("DELETE FROM state WHERE kind NOT IN ('planned', 'end', 'saved')")
                 db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(restored.head),))
                 restored.members, restored.tables = {}, []
             db.execute("COMMIT")
@@ -209,6 +211,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     # since the restart no worker may have sent the plans of rounds before `head.resume` again
     ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.run_end = state("end", RunEnd).get("")
+    ledger.saved = state("saved", SavedModel)
     ledger.outcomes = state("outcome", CollectiveOutcome)
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,24 @@ class ModelFile:
             if name not in known or self._sizes[known[name]] != len(data):
                 raise WireError(f"'{name[:100]}' was recomputed, but the model's file has no such tensor that may be replaced")
         if self._path.exists():  # if not, an earlier try failed half-way
-            rename(self._path, self._temporary)
+            if self._path.stat().st_nlink > 1:  # it is saved under another name too
+                shutil.copyfile(self._path, self._temporary)
+            else:
+                rename(self._path, self._temporary)
         with self._temporary.open("r+b", buffering=0) as out:
             for name, data in zip(names, values, strict=True):
                 for at in self._places[known[name]]:
                     _write_at(out.fileno(), data, at)
             os.fsync(out.fileno())
         rename(self._temporary, self._path)
+
+    def save_as(self, path: Path) -> None:
+        """Give the complete file a second name, in place of any file of that name. Raises OSError if that fails."""
+        path.parent.mkdir(exist_ok=True)
+        other = path.with_name(path.name + ".tmp")
+        other.unlink(missing_ok=True)
+        other.hardlink_to(self._path)
+        rename(other, path)
 
     def discard(self) -> None:
         """Delete the file, because training goes on."""

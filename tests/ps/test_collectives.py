@@ -17,7 +17,7 @@ from roundtable.ps.coordinator.parts.collectives import OpenCollective, mean
 
 
 def evaluation(parts: int) -> Collective:
-    return Collective(1, 0, "evaluate", parts, 2 * parts)
+    return Collective(1, 0, "evaluate", parts, samples=2 * parts)
 
 
 def result(part: int) -> PartDone:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from train_together import (
     EPOCHS,
@@ -42,15 +43,18 @@ def evaluated(model: nn.Module) -> dict[str, float]:
     return {name: math.fsum(one[name] * n for one, n in zip(found, sizes, strict=True)) / len(inputs) for name in found[0]}
 
 
-def plain_loop() -> tuple[list[dict[str, Any]], list[float]]:
-    """Train with torch alone until the held-out loss has not improved for a while; return the evaluations and the losses."""
+def plain_loop() -> tuple[list[dict[str, Any]], list[float], dict[str, torch.Tensor]]:
+    """Train with torch alone until the held-out loss has not improved for a while.
+
+    Return the evaluations, the losses, and the best model.
+    """
     model = classifier()
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, **OPTIMIZER)
     inputs, labels = dataset(1, 64).tensors
     evaluations: list[dict[str, Any]] = []
     training: list[float] = []
-    best, bad = float("inf"), 0
+    best, bad, best_model = float("inf"), 0, dict(model.state_dict())
     for _ in range(EPOCHS):
         losses = []
         for at in range(0, len(inputs), GLOBAL_BATCH):
@@ -66,9 +70,11 @@ def plain_loop() -> tuple[list[dict[str, Any]], list[float]]:
         evaluations.append(evaluated(model))
         now = evaluations[-1]["held_out_loss"]
         best, bad = (now, 0) if now < best else (best, bad + 1)
+        if not bad:
+            best_model = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if bad == PATIENCE:
             break
-    return evaluations, training
+    return evaluations, training, best_model
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_evaluations_have_the_same_bits_on_any_cluster(
     if fault:
         monkeypatch.setenv(VARIABLE, fault)
     summary = launch(*flags, "--threads", 1, SCRIPT, "--", tmp_path)
-    evaluations, losses = plain_loop()
+    evaluations, losses, best = plain_loop()
     assert PATIENCE < len(evaluations) < EPOCHS
     got = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("worker-*.json"))]
     assert len(got) >= flags[1] - bool(fault)
@@ -98,6 +104,9 @@ def test_evaluations_have_the_same_bits_on_any_cluster(
     assert set(chiefs) <= {0, 1} if fault else set(chiefs) == {0}
     assert summary["rounds"] == 4 * len(evaluations) and summary["ended_early"]["reason"].startswith("no better than")
     assert summary["accuracy"] == evaluations[-1]["accuracy"]
+    saved = load_file(tmp_path / "run" / "models" / "best.safetensors")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {name: tensor.tolist() for name, tensor in best.items()}
+    assert summary["saved"]["best"]["round"] == 4 * (len(evaluations) - PATIENCE)
     assert summary["accuracy_of"] == f"43 held-out samples, after round {summary['rounds']}"
 
 
@@ -105,6 +114,7 @@ def test_evaluations_have_the_same_bits_on_any_cluster(
     ("statement", "message"),
     [
         ("run.agree(object())", "train.py line 8: run.agree() takes None, numbers, strings"),
+        ("run.save('model')", "train.py line 8: run.save() takes a name of letters, digits, - and _, other than 'model'"),
         ("run.evaluate(lambda batch: 1.0, data)", "the function of run.evaluate() must return a dict of numbers"),
         ("[run.agree(1) for _ in run.batches(data, epochs=1)]", "train.py line 8: run.agree() was called inside a loop"),
     ],

@@ -54,6 +54,8 @@ def main(folder: str) -> None:
         means = run.evaluate(measured(model), held_out, micro_batch=EVALUATED)
         got.append({**means, "loss": run.metrics["loss"], "chief": run.agree(run.index), "round": run.round})
         best, bad = (means["held_out_loss"], 0) if means["held_out_loss"] < best else (best, bad + 1)
+        if not bad:
+            run.save("best")
         if bad == PATIENCE:
             run.stop(f"no better than {best:.4f} for {PATIENCE} epochs")
     Path(folder, f"{run.name}.json").write_text(json.dumps(got))

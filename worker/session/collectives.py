@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.utils.data import default_collate
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.session import Collective, CollectiveOutcome, CollectiveParts, PartDone
+from roundtable.common.protocol.messages.session import MODEL_NAME, Collective, CollectiveOutcome, CollectiveParts, PartDone
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.common.runtime.errors import ClusterError, UsageError, script_line
 from roundtable.common.runtime.failpoints import failpoint
@@ -56,6 +57,14 @@ class Collectives:
         outcome = self._until_outcome(question, done, lambda parts: [])
         return msgspec.msgpack.decode(outcome.value)
 
+    def save(self, name: str) -> None:
+        """Have the model saved as `name`; see `Run.save`."""
+        if not name or not re.fullmatch(MODEL_NAME, name) or len(name) > 100:
+            raise UsageError(
+                f"{script_line()}: run.save() takes a name of letters, digits, - and _, other than 'model', but got {name!r:.60}."
+            )
+        self._until_outcome(self._begin("save", 1, name=name), list, lambda parts: [])
+
     def evaluate(self, function: Callable[[Any], Means], data: Data, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Return weighted means over all batches of `data`; see `Run.evaluate`."""
         seed, order, places = self._context.settings.seed, data.order.indices(0), data.order.places
@@ -76,7 +85,7 @@ class Collectives:
             outcome = self._until_outcome(question, list, lambda parts: [compute(part) for part in parts])
         return outcome.means
 
-    def _begin(self, kind: Any, parts: int, samples: int = 0) -> Collective:
+    def _begin(self, kind: Any, parts: int, samples: int = 0, name: str = "") -> Collective:
         """Return the question at the script's next collective. Raises UsageError inside a loop over batches."""
         if not self._segments.done:
             raise UsageError(
@@ -87,7 +96,7 @@ class Collectives:
         with self._context.io.lock:
             self._place = (loops, self._place[1] + 1) if self._place[0] == loops else (loops, 0)
             self._answer = None
-        return Collective(*self._place, kind, parts, samples, self._segments.round)
+        return Collective(*self._place, kind, parts, name, samples, self._segments.round)
 
     def _until_outcome(
         self, question: Collective, given: Callable[[], list[PartDone]], compute: Callable[[list[int]], list[PartDone]]
@@ -129,6 +138,8 @@ class Collectives:
 
 
 def _waited_for(question: Collective) -> str:
+    if question.kind == "save":
+        return f"the coordinator to save the model as '{question.name}'"
     if question.kind == "agree":
         return "the chief to come to run.agree()"
     return "other workers to compute their batches of run.evaluate()"

@@ -33,9 +33,13 @@ class Ending:
         """Wait until the coordinator has all reports, and for a limited time until the servers have all pushes."""
         wait, reports = self._context.wait, self._reports
         wait(lambda: reports.has_all(Request.METRICS), lambda: f"the coordinator to record {reports.metrics_text()}")
-        statistics = "the coordinator to write the statistics that were computed again"
-        wait(lambda: reports.has_all(Request.RECOMPUTED), lambda: statistics)
+        self.await_recomputed()
         wait(lambda: self._router.idle, lambda: "the servers to acknowledge all pushes", every=_HAND_OVER_S)
+
+    def await_recomputed(self) -> None:
+        """Wait until the model's file has the tensors that this worker has computed again."""
+        statistics = "the coordinator to write the statistics that were computed again"
+        self._context.wait(lambda: self._reports.has_all(Request.RECOMPUTED), lambda: statistics)
 
     def take_leave(self, heartbeat: Callable[[], Heartbeat], goodbye: Callable[[], Goodbye]) -> None:
         """Tell the coordinator that the script has ended, again and again until the coordinator ends the run."""

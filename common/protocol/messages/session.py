@@ -210,6 +210,8 @@ class EndRun(Body, frozen=True):
         msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))
 
 
+#: The names under which a script may save its model. That of the trained model is not among them.
+MODEL_NAME = r"^((?!model$)[A-Za-z0-9][A-Za-z0-9_-]*)?$"
 #: Parts that a worker gets, or has done, at a time.
 MOST_PARTS = 1000
 
@@ -232,9 +234,11 @@ class Collective(Body, frozen=True):
 
     loops: Count
     number: Count
-    kind: Literal["agree", "evaluate"]
-    #: Parts that have to be done: 1 for an agreement, else batches.
+    kind: Literal["agree", "evaluate", "save"]
+    #: Parts that have to be done: of an evaluation its batches, else 1.
     parts: Count
+    #: Of a model to save: its name.
+    name: Annotated[str, msgspec.Meta(max_length=100, pattern=MODEL_NAME)] = ""
     #: Of an evaluation: the samples in all its batches.
     samples: Count = 0
     #: The round of the weights in the model.

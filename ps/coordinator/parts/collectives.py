@@ -1,4 +1,4 @@
-"""Operations that all workers' scripts call in the same order: to agree on a value, and to evaluate together."""
+"""Operations that all workers' scripts call in the same order: to agree on a value, to evaluate together, and to save."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from roundtable.common.protocol.messages.session import (
     Refused,
 )
 from roundtable.ps.coordinator.context import Received, RunContext
+from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.summary import RunSummary
 
 #: Bytes that the outcomes of a run may have together. Workers that join later need all of them.
@@ -40,11 +41,12 @@ class OpenCollective:
 
     def differs(self, other: Collective, who: str) -> str:
         """Return a sentence on how `other` differs from the first worker's collective, or ''."""
-        if (other.kind, other.parts, other.samples) == (self.first.kind, self.first.parts, self.first.samples):
+        same = (self.first.kind, self.first.parts, self.first.samples, self.first.name)
+        if (other.kind, other.parts, other.samples, other.name) == same:
             return ""
         return (
             f"the script of {who} is at {_text(other)} where that of {self.who} is at {_text(self.first)}: all workers must call "
-            "run.agree() and run.evaluate() in the same order, with the same data."
+            "run.agree(), run.evaluate() and run.save() in the same order, with the same data."
         )
 
     def take(self, done: list[PartDone]) -> bool:
@@ -92,8 +94,9 @@ def place_of(body: Collective | CollectiveOutcome) -> str:
 class Collectives:
     """Gives workers parts of a collective to compute, and all of them its outcome."""
 
-    def __init__(self, context: RunContext, summary: RunSummary) -> None:
+    def __init__(self, context: RunContext, model: ModelCollector, summary: RunSummary) -> None:
         self._context = context
+        self._model = model
         self._summary = summary
         self._open: dict[str, OpenCollective] = {}
 
@@ -111,11 +114,26 @@ class Collectives:
         if known.take(body.done) or worker.name not in known.routes:
             context.progressed_at = message.now
         known.routes[worker.name] = message.route
+        self._save(place, known, message.now)
         if known.given:
             active = set(context.membership.names("worker"))
             parts = known.give(worker.name, active) if body.kind == "evaluate" else []
             context.mail.reply(message.route, CollectiveParts(body.loops, body.number, parts, len(known.given)))
-        else:
+        elif place in self._open:
+            self._end(place, known)
+
+    def tick(self, now: float) -> None:
+        """Save the model under the names that scripts have asked for, once the model of their round is complete."""
+        for place, known in list(self._open.items()):
+            self._save(place, known, now)
+
+    def _save(self, place: str, known: OpenCollective, now: float) -> None:
+        """Save the model, if that is what the collective is for and the model is complete."""
+        if known.first.kind != "save" or not known.given or not self._model.is_complete:
+            return
+        if self._model.save_as(known.first.name):
+            known.take([PartDone(0)])
+            self._context.progressed_at = now
             self._end(place, known)
 
     def _too_large(self) -> str:
@@ -135,4 +153,6 @@ class Collectives:
 
 
 def _text(body: Collective) -> str:
+    if body.kind == "save":
+        return f"run.save('{body.name}')"
     return "run.agree()" if body.kind == "agree" else f"run.evaluate() of {body.samples} samples in {body.parts} batches"

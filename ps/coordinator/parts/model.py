@@ -10,12 +10,13 @@ from roundtable.common.protocol.messages.saving import ModelPart, Recomputed
 from roundtable.common.protocol.messages.setup import Accepted, Request
 from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.storage.event_log import Event
-from roundtable.common.storage.run_files import MODEL_FILE
+from roundtable.common.storage.run_files import MODEL_FILE, SAVED_MODELS
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.group_commit import ALARM_S
 from roundtable.ps.coordinator.model_collection import ModelCollection
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import ModelFile, rules_in
+from roundtable.ps.coordinator.state.ledger import SavedModel
 from roundtable.ps.model_parts import sizes
 
 log = logging.getLogger("roundtable.ps.coordinator")
@@ -110,6 +111,20 @@ class ModelCollector:
                 return
             self._revised = body.id
         self._context.mail.reply(message.route, Accepted(Request.RECOMPUTED, body.id))
+
+    def save_as(self, name: str) -> bool:
+        """Save the complete model as `name` too. Return False if that fails, and is to be tried again."""
+        context = self._context
+        assert self._file is not None
+        try:
+            self._file.save_as(context.run_dir / SAVED_MODELS / f"{name}.safetensors")
+        except OSError as error:
+            self._tell_of_unwritten(error)
+            return False
+        saved = SavedModel(context.ledger.done[0], self._file.weights_sha256 or "")
+        context.ledger.saved[name] = saved
+        context.log.event(Event("saved", "coordinator", {"name": name, "round": saved.round}))
+        return True
 
     def server_replaced(self, number: int) -> None:
         """Ask the process that replaces server `number` for the server's parts."""

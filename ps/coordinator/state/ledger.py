@@ -87,6 +87,13 @@ class RunEnd(msgspec.Struct, frozen=True):
     updates: int = -1
 
 
+class SavedModel(msgspec.Struct, frozen=True):
+    """A model that a script has saved under a name."""
+
+    round: int
+    weights_sha256: str
+
+
 class Ledger:
     """The ledger. `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
@@ -100,6 +107,8 @@ class Ledger:
         self.segments: list[Segment] = []
         #: The end that a script has asked for; None if none has.
         self.run_end: RunEnd | None = None
+        #: The models that scripts have saved, by name.
+        self.saved: dict[str, SavedModel] = {}
         #: Outcomes of collectives, by their place in the script.
         self.outcomes: dict[str, CollectiveOutcome] = {}
         #: By 'setup' or plan: facts that all workers must have in common, from the first worker that sent them.
