@@ -73,6 +73,8 @@ def _tensor(spec: TensorSpec) -> str:
 def _updates(known: Update, other: Update) -> str:
     if known.optimizer != other.optimizer:
         return f"{other.optimizer} instead of {known.optimizer}"
+    if known.classes != other.classes:
+        return f"the classes {other.classes} instead of {known.classes}"
     if known.clip_norm != other.clip_norm:
         return f"clip_norm {other.clip_norm} instead of {known.clip_norm}"
     if len(known.groups) != len(other.groups):

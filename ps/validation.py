@@ -20,6 +20,8 @@ def check_setup(setup: Setup) -> None:
     named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.sharded_layers)]
     if any(group >= groups for group in named):
         raise WireError(f"a model has parameters in groups beyond the {groups} that its optimizer has")
+    if update.classes and len(update.classes) != groups:
+        raise WireError(f"an update has classes for {len(update.classes)} parameter groups of {groups}")
     if update.clip_norm is not None and not update.clip_norm > 0:
         raise WireError(f"a gradient cannot be clipped to the norm {update.clip_norm}")
     for group in update.groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from roundtable.common.config.worker_facts import Fact
+from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.runtime.errors import UsageError
@@ -20,12 +21,16 @@ from roundtable.worker.layers.sparse_embedding import SparseEmbedding, check_tra
 from roundtable.worker.loop.script_edits import check_layers
 from roundtable.worker.optim.inner_optimizer import InnerOptimizer
 from roundtable.worker.optim.optimizer import (
+    Groups,
     Hypers,
     Per,
     Schedule,
-    check_elementwise,
+    arguments_of,
     check_sendable,
+    check_shapes,
+    class_of,
     example_optimizer,
+    is_whole,
     make_optimizer,
     parameter_groups,
     plain_settings,
@@ -79,7 +84,10 @@ def prepare(
     dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
     group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
     specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
-    replica = Replica(model, group_of, servers, specs, sharded, rules, policy.applies == "push", weights)
+    classes = [class_of(group, cls) for group in groups]
+    whole = set() if policy.is_local else _whole(classes, dense, hyper, policy, {spec.group for spec in (*specs, *sharded)})
+    at_once = policy.applies == "push"
+    replica = Replica(model, group_of, servers, specs, sharded, rules, at_once, weights, whole)
     check_sharding(layers, policy, clip_norm is not None)
     optimizer: InnerOptimizer | torch.optim.Optimizer
     if policy.is_local:
@@ -88,13 +96,44 @@ def prepare(
         update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
         optimizer = InnerOptimizer(make_optimizer(cls, groups, hyper), call.schedule, call.schedule_per, clip_norm)
     else:
-        check_sendable(cls)
         with no_compiler():
             optimizer = example_optimizer(cls, groups, hyper)
-            check_elementwise(cls, hyper)
-        update = Update(cls.__name__, plain_settings(optimizer), clip_norm if policy.applies == "round" else None)
-        check_training(tables, cls, update.groups, policy)
+        names = [one.__name__ for one in classes]
+        bound = clip_norm if policy.applies == "round" else None
+        update = Update(cls.__name__, plain_settings(optimizer), bound, names if set(names) != {cls.__name__} else [])
+        for table in tables:
+            check_training([table], classes[table.spec.group], update.groups, policy)
     return Preparation(replica, tables, layers, dense, update, optimizer, *_facts(call, groups, policy.is_local))
+
+
+def _whole(
+    classes: Sequence[type[torch.optim.Optimizer]], groups: Groups, hyper: dict[str, Any], policy: Policy, layers: set[int]
+) -> set[int]:
+    """Return the ids of the parameters that are updated whole.
+
+    `layers` are the groups of tables and sharded layers. Raises UsageError if servers cannot run a group's class.
+    """
+    found: set[int] = set()
+    for number, (cls, group) in enumerate(zip(classes, groups, strict=True)):
+        check_sendable(cls)
+        arguments = arguments_of(group, hyper)
+        with no_compiler():
+            if not is_whole(cls, arguments):
+                continue
+            check_shapes(cls, group, arguments)
+        if number in layers:
+            raise UsageError(
+                f"{cls.__name__} updates whole tensors, but row-sparse tables and sharded layers are on several servers: put "
+                "them into a group of another class."
+            )
+        largest = max((parameter.numel() * 4 for parameter in group["params"]), default=0)
+        if policy.applies == "push" and largest > CHUNK_BYTES:
+            raise UsageError(
+                f"{cls.__name__} updates whole tensors, and the largest has {largest >> 20} MiB: policy {policy.settings.policy} "
+                f"takes at most {CHUNK_BYTES >> 20}. Choose sync or backup, or another class."
+            )
+        found |= {id(parameter) for parameter in group["params"]}
+    return found
 
 
 def _facts(call: OptimizerCall, groups: list[dict[str, Any]], is_local: bool) -> tuple[list[Fact], alike.ScheduleFacts | None]:

@@ -129,8 +129,9 @@ class Run(Deciding):
         workers do.
 
         `cls` is a class of torch.optim and `hyper` its arguments. `params` are parameters or groups as torch.optim takes them,
-        by default all of the model's. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer that it is
-        given, such as `schedule=lambda o: StepLR(o, 30)`. The run steps it after every round or epoch, by `schedule_per`. Or
+        by default all of the model's. A group may have a class of its own, under the key `optimizer`, and arguments for it.
+        `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer that it is given, such as
+        `schedule=lambda o: StepLR(o, 30)`. The run steps it after every round or epoch, by `schedule_per`. Or
         attach a scheduler to the result, or set numbers in its `param_groups` (docs/tutorial/optimizers.md). As `schedule`,
         ReduceLROnPlateau needs epochs, and gets the epoch's mean of the `loss` that was logged for each batch.
         `clip_norm` bounds the 2-norm of the whole gradient, like torch.nn.utils.clip_grad_norm_. The results have the bits of

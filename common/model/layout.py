@@ -60,6 +60,8 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: str
     pieces: list[Piece]
     frozen: bool = False
+    #: A part of a tensor that is updated whole. All such parts are on one server.
+    whole: bool = False
 
     def has_values(self, present: int) -> bool:
         """Return whether a contribution to the pieces `present` has values. Parameters without a gradient have none."""
@@ -118,7 +120,8 @@ def make_layout(
 ) -> Layout:
     """Return the layout: cut `tensors` into chunks, and place them by bytes on `servers` servers, least loaded first.
 
-    A tensor above CHUNK_BYTES is cut into several chunks. Small ones of one kind, dtype and group share a chunk. `tables` and
+    A tensor above CHUNK_BYTES is cut into several chunks. Small ones of one kind, dtype and group share a chunk. The chunks of a
+    tensor that is updated whole are on one server, and no other tensor is in them. `tables` and
     `sharded_layers` are not cut. Raises UsageError for a dtype that cannot be trained or sent.
     """
     for spec in tensors:
@@ -138,6 +141,9 @@ def make_layout(
             for start in range(0, units, step):
                 cuts.append([Piece(index, start, min(step, units - start), 0)])
             continue
+        if spec.whole:
+            cuts.append([Piece(index, 0, units, 0)])
+            continue
         key = (spec.kind, spec.unit, spec.group, spec.frozen)
         at = open_cut.get(key)
         fits = at is not None and (_end(cuts[at]) + units) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
@@ -149,7 +155,7 @@ def make_layout(
     chunks = []
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
-        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces, spec.frozen))
+        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces, spec.frozen, spec.whole))
     return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(sharded_layers))
 
 
@@ -171,12 +177,22 @@ def _end(pieces: list[Piece]) -> int:
     return pieces[-1].offset + pieces[-1].length
 
 
+def together(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+    """Return chunks in lists that are placed and updated together: the chunks of a whole tensor, or one other chunk."""
+    found: dict[tuple[bool, int], list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault((chunk.whole, chunk.pieces[0].tensor if chunk.whole else chunk.id), []).append(chunk)
+    return list(found.values())
+
+
 def _place(chunks: list[Chunk], servers: int) -> list[Chunk]:
     load = [0] * servers
     server_of: dict[int, int] = {}
-    for chunk in sorted(chunks, key=lambda c: (-c.sum_bytes, c.id)):
-        server_of[chunk.id] = load.index(min(load))
-        load[server_of[chunk.id]] += chunk.sum_bytes
+    sizes = [(sum(chunk.sum_bytes for chunk in some), some) for some in together(chunks)]
+    for size, some in sorted(sizes, key=lambda one: (-one[0], one[1][0].id)):
+        server = load.index(min(load))
+        server_of |= {chunk.id: server for chunk in some}
+        load[server] += size
     return [msgspec.structs.replace(chunk, server=server_of[chunk.id]) for chunk in chunks]
 
 

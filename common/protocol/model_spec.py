@@ -58,6 +58,8 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     group: CountOrNone
     rule: Rule = "last"
     frozen: bool = False
+    #: The update of an element depends on others, so all of the parameter is on one server.
+    whole: bool = False
 
     @property
     def numel(self) -> int:

@@ -18,6 +18,8 @@ from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.tensor_bytes import dtype_of, stored_as
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
+from roundtable.ps.params.optimizer_classes import class_named, with_tuples
+from roundtable.ps.params.whole_tensor import WholeTensor
 
 #: Elements that are summed and updated at a time: few enough to stay in a core's cache through all steps.
 #: A fused kernel is one step. Without one there are many steps, which need memory for temporaries and time to call.
@@ -49,33 +51,44 @@ class ChunkState:
     own dtype, and it has no blocks and no optimizers.
     """
 
-    def __init__(self, chunk: Chunk, update: Update, rounds: bool, joins: bool = True) -> None:
+    def __init__(self, chunk: Chunk, update: Update, rounds: bool, joins: bool = True, whole: WholeTensor | None = None) -> None:
         """`rounds`: a weight codec rounds the weights that workers get.
 
-        `joins`: pieces that have always had gradients at the same times may share blocks.
+        `joins`: pieces that have always had gradients at the same times may share blocks. `whole` is the tensor that the chunk is
+        a part of, if it is updated whole: it has the optimizer.
         """
         self.chunk = chunk
+        self.whole = whole
         self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
         self.still = chunk.frozen
         self.master = torch.zeros(chunk.numel, dtype=self.dtype if self.still else self.sum_dtype)
-        self._update = update if chunk.group >= 0 and update.optimizer is not None else None
+        self._class = update.class_of(chunk.group) if chunk.group >= 0 and whole is None else None
+        self._update = update if self._class is not None else None
         self._settings = with_tuples(update.groups[chunk.group]) if self._update is not None else {}
         is_own_choice = any(self._settings.get(key) is not None for key in ("fused", "foreach"))
-        self._fuses = self._update is not None and update.optimizer == "SGD" and not is_own_choice
+        self._fuses = self._class == "SGD" and not is_own_choice
         self._size = FUSED_BLOCK if self._fuses or self._settings.get("fused") else _BLOCK
         #: The optimizers with (True) and without (False) fused kernels, if there are blocks for them.
         self.optimizers: dict[bool, torch.optim.Optimizer] = {}
         self.blocks: list[Block] = []
         self._joins = joins
         if not self.still:
+            self._make_whole()
             self._make_blocks()
 
     def stir(self) -> None:
         """Make masters and optimizers for a chunk that was still, because a worker contributes to it."""
         self.still = False
         self.master = self.master.to(self.sum_dtype, copy=True)
+        self._make_whole()
         self._make_blocks()
+
+    def _make_whole(self) -> None:
+        """Let the master weights lie in the whole tensor, if there is one."""
+        if self.whole is not None:
+            start = self.chunk.pieces[0].start
+            self.master = self.whole.values[start : start + self.chunk.numel].copy_(self.master)
 
     def _make_blocks(self) -> None:
         whole = range(len(self.chunk.pieces))
@@ -100,7 +113,7 @@ class ChunkState:
         """Make the optimizers that the blocks need and that do not exist."""
         if self._update is None:
             return
-        optimizer_class = getattr(torch.optim, self._update.optimizer or "")
+        optimizer_class = class_named(self._class)
         # pass the settings to the constructor as well: some classes (Adagrad) make their first state there
         known = _only(self._settings, inspect.signature(optimizer_class).parameters)
         for fused in {block.fused for block in self.blocks} - self.optimizers.keys():
@@ -154,7 +167,7 @@ class ChunkState:
     @property
     def moves(self) -> bool:
         """Return True if workers get the master weights themselves, not a copy of another dtype or precision."""
-        return self.dtype == self.sum_dtype and not self.rounds
+        return self.dtype == self.sum_dtype and not self.rounds and self.whole is None
 
     def keys(self, layout: Layout) -> list[tuple[str, Sequence[int], Piece]]:
         """Return the name in checkpoints and the shape of each piece.
@@ -234,6 +247,7 @@ class ChunkState:
         if self.chunk.group < 0:
             return False
         with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
+        with_state = with_state or (self.whole is not None and self.whole.was_trained(files))
         return bool(with_state) or files[f"weights/{key}"].dtype != self.dtype
 
     def place(self, into: torch.Tensor) -> None:
@@ -257,9 +271,10 @@ def _is_each(value: torch.Tensor | None, block: Block) -> bool:
 
 def may_share_blocks(chunk: Chunk, update: Update) -> bool:
     """Return True if pieces of a chunk may share blocks."""
-    if chunk.group < 0 or update.optimizer is None or len(chunk.pieces) == 1:
+    optimizer = update.class_of(chunk.group) if chunk.group >= 0 else None
+    if optimizer is None or len(chunk.pieces) == 1:
         return chunk.kind != "last"
-    return _may_join(update.optimizer, msgspec.msgpack.encode(update.groups[chunk.group]), chunk.sum_dtype)
+    return _may_join(optimizer, msgspec.msgpack.encode(update.groups[chunk.group]), chunk.sum_dtype)
 
 
 @functools.cache
@@ -289,8 +304,3 @@ def _may_join(optimizer: str, settings: bytes, dtype: str) -> bool:
 
 def _only(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in names}
-
-
-def with_tuples(hypers: Mapping[str, Any]) -> dict[str, Any]:
-    """MessagePack has no tuples; torch.optim expects them (betas)."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in hypers.items()}

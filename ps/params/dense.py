@@ -20,8 +20,10 @@ from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
-from roundtable.ps.params.chunk_state import FUSED_BLOCK, Block, ChunkState, may_share_blocks, with_tuples
+from roundtable.ps.params.chunk_state import FUSED_BLOCK, Block, ChunkState, may_share_blocks
 from roundtable.ps.params.clipping import Clipping, Norm
+from roundtable.ps.params.optimizer_classes import with_tuples
+from roundtable.ps.params.whole_tensor import whole_tensors
 
 
 class NotFinite(Exception):
@@ -36,10 +38,14 @@ class DenseParameters:
         self._gradient_codec = for_pushes(policy.settings, layout)
         self._weight_codec = codec = for_weights(policy.settings, layout)
         self._sends_changes = sends_changes(policy.settings)
+        self._wholes = whole_tensors(layout, server, update)
         self._parts = {
-            chunk.id: ChunkState(chunk, update, codec is not None and codec.covers(chunk.id), may_share_blocks(chunk, update))
+            chunk.id: ChunkState(
+                chunk, update, codec is not None and codec.covers(chunk.id), may_share_blocks(chunk, update),
+                self._wholes.get(chunk.pieces[0].tensor) if chunk.whole else None,
+            )
             for chunk in layout.on(server)
-        }
+        }  # fmt: skip
         self.clipping = Clipping(layout, update)
         self._policy = policy
         self._at_once = policy.applies == "push"
@@ -162,11 +168,15 @@ class DenseParameters:
             if part.rounds and self._sends_changes and not part.still:
                 for key, shape, piece in part.keys(self._layout):
                     yield Entry(f"seen/{key}", shape, [seen[number][piece.offset : piece.offset + piece.length].clone()])
+        for whole in self._wholes.values():
+            yield from whole.state()
 
     def restore(self, files: TensorFiles) -> None:
         """Load the tensors that `state` gave, on any number of servers. Raises KeyError if a tensor is missing."""
         for part in self._parts.values():
             part.restore(self._layout, files)
+        for whole in self._wholes.values():
+            whole.restore(files)
 
     def restore_seen(self, chunk: int, files: TensorFiles, into: torch.Tensor) -> None:
         """Write to `into` the weights that workers computed from, if the checkpoint has them apart from the masters."""
@@ -254,10 +264,21 @@ class DenseParameters:
         The new weights are written to `into`, flat and of the chunk's own dtype. The old weights, in `before`, stay as they are.
         Without `into` the new weights replace the old ones. A still chunk without a contribution stays where it is.
 
+        A tensor that is updated whole is updated when this was called for all of its chunks. Then the weights of all are written.
+
         Raises NotFinite if the mean is not finite and the run must fail then. The chunk is half updated and must not be used.
         """
         part = self._parts[chunk]
         present = _present(total)
+        if part.whole is not None:
+            gradient = self.mean(chunk, total, weight).values if present else None
+            if gradient is not None and self._checks and not is_finite(gradient):
+                raise NotFinite(part.whole.name)
+            if gradient is not None and then is not None:
+                gradient = self._policy.compensate(gradient, part.master, then.to(part.sum_dtype))
+            due = part.whole.take(part.chunk, gradient, (into, before), hypers, factor, lr_scale)
+            frames = [self.place(i, to, since) for i, (to, since) in due.items() if to is not None and not self._parts[i].still]
+            return frames[-1] if frames else None
         if part.still:
             if not present:
                 return None

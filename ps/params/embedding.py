@@ -30,8 +30,8 @@ from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
-from roundtable.ps.params.chunk_state import with_tuples
 from roundtable.ps.params.clipping import Norm
+from roundtable.ps.params.optimizer_classes import class_named, with_tuples
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 
@@ -384,8 +384,7 @@ def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, 
 
 def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) -> torch.optim.Optimizer:
     """Return the torch.optim optimizer of a parameter group, for `parameter`."""
-    assert update.optimizer is not None
-    cls = getattr(torch.optim, update.optimizer)
+    cls = class_named(update.class_of(group))
     settings = {key: value for key, value in with_tuples(update.groups[group]).items() if key not in _HOW}
     known = {key: value for key, value in settings.items() if key in inspect.signature(cls).parameters}
     made: torch.optim.Optimizer = cls([{"params": [parameter], **settings}], **known)

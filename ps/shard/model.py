@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from roundtable.common.model.layout import make_layout
+from roundtable.common.model.layout import make_layout, together
 from roundtable.common.model.sparse_rows import cut
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.messages.embedding import InitialRows
@@ -84,6 +84,8 @@ class ShardModel:
         #: The worker that defined the model.
         self.sender = sender
         self.chunks = {chunk.id: chunk for chunk in layout.on(index)}
+        #: By chunk: the other chunks that are updated with it, of a tensor that is updated whole.
+        self.others = {c.id: [o.id for o in some if o is not c] for some in together(self.chunks.values()) for c in some}
         rows, layers = RowsKind(self.tables, layout), LayersKind(self.layers)
         #: The parameters, beside chunks, that workers contribute to.
         self.kinds: list[ParameterKind] = [kind for kind in (rows, layers) if kind]

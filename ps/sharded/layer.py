@@ -17,8 +17,8 @@ from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.storage.tensor_file import TensorFiles
-from roundtable.ps.params.chunk_state import with_tuples
 from roundtable.ps.params.embedding import Rows, optimizer_over, zeros
+from roundtable.ps.params.optimizer_classes import with_tuples
 from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised

@@ -139,8 +139,10 @@ class RoundSums:
             return []
         return sorted(set.intersection(*map(set, each)))
 
-    def total(self, number: int) -> list[Any] | None:
-        """Return the round's sum in a list, or its two halves, once final, else None."""
+    def total(self, number: int, others: Sequence[int] = ()) -> list[Any] | None:
+        """Return the round's sum in a list, or its two halves, once final, else None. Those of `others` must be final as well."""
+        if any(self.total(other) is None for other in others):
+            return None
         if self._policy.combines:
             sums = self._sums.get(number)
             return sums.parts if sums is not None and sums.complete else None

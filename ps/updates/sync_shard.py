@@ -214,9 +214,9 @@ class SyncShard(Shard):
 
     def _take_totals(self, clips: bool, now: float) -> None:
         """Apply each chunk whose sum is final. With clipping, only take the mean, which waits for the norms."""
-        round_ = self.round
+        round_, others = self.round, self.model.others
         for chunk in self.model.chunks:
-            if chunk in round_.applied or chunk in round_.means or (total := round_.total(chunk)) is None:
+            if chunk in round_.applied or chunk in round_.means or (total := round_.total(chunk, others[chunk])) is None:
                 continue
             if clips:
                 round_.means[chunk] = self.model.dense.mean(chunk, total, round_.weight())

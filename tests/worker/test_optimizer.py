@@ -21,9 +21,10 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.optim.optimizer import (
     Hypers,
     Schedule,
-    check_elementwise,
     check_sendable,
+    check_shapes,
     example_optimizer,
+    is_whole,
     make_optimizer,
     make_schedule,
     parameter_groups,
@@ -35,13 +36,10 @@ from roundtable.worker.run import Run
 from roundtable.worker.session.assembly import Assembly
 
 CLASSES = [cls for cls in vars(torch.optim).values() if inspect.isclass(cls) and cls is not torch.optim.Optimizer]
-#: Classes of torch.optim whose update looks at more than one element, and a word of the reason that is given.
-WHOLE_TENSOR = {
-    torch.optim.LBFGS: "closure",
-    torch.optim.Adafactor: "depends on others",
-    torch.optim.Muon: "2D",
-    torch.optim.SparseAdam: "dense gradients",
-}
+#: Classes of torch.optim whose update of an element looks at others of the tensor.
+WHOLE_TENSOR = {torch.optim.Adafactor, torch.optim.Muon}
+#: Classes of torch.optim that servers cannot run, and a word of the reason that is given.
+REFUSED = {torch.optim.LBFGS: "closure", torch.optim.SparseAdam: "dense gradients"}
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -57,7 +55,7 @@ def check(cls: type[torch.optim.Optimizer], **hyper: Any) -> list[dict[str, Any]
     """What `Run.optimizer` does before it tells the servers: the checks, and the groups' settings."""
     check_sendable(cls)
     example = example_optimizer(cls, parameter_groups(nn.Linear(2, 3), None), hyper)
-    check_elementwise(cls, hyper)
+    is_whole(cls, hyper)
     return plain_settings(example)
 
 
@@ -65,12 +63,12 @@ def check(cls: type[torch.optim.Optimizer], **hyper: Any) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_class_of_torch_optim_is_accepted_if_its_update_is_elementwise_and_else_refused_saying_why(cls: Any) -> None:
-    if cls not in WHOLE_TENSOR:
-        assert "lr" in check(cls)[0]
+def test_every_class_of_torch_optim_that_needs_gradients_only_is_accepted_and_else_refused_saying_why(cls: Any) -> None:
+    if cls not in REFUSED:
+        assert "lr" in check(cls)[0] and is_whole(cls, {}) == (cls in WHOLE_TENSOR)
         return
     text = refusal(lambda: check(cls))
-    assert text.startswith(f"{cls.__name__} cannot run on parameter servers") and WHOLE_TENSOR[cls] in text
+    assert text.startswith(f"{cls.__name__} cannot run on parameter servers") and REFUSED[cls] in text
     assert "SGD or AdamW" in text
 
 
@@ -89,7 +87,44 @@ class OnlyMine(torch.optim.SGD):
 
 
 def test_an_update_that_looks_at_the_whole_tensor_is_found_out_in_a_class_of_the_users_own() -> None:
-    assert "depends on others" in refusal(lambda: check_elementwise(Centred, {"lr": 0.1}))
+    assert is_whole(Centred, {"lr": 0.1})
+
+
+class Balanced(torch.optim.SGD):
+    """Divides all gradients by their norm over all tensors."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.grad = p.grad / norm
+        super().step(closure)
+
+
+def test_an_update_that_looks_at_other_tensors_is_refused() -> None:
+    assert "its update of one tensor depends on others" in refusal(lambda: is_whole(Balanced, {"lr": 0.1}))
+
+
+def test_a_shape_that_a_class_does_not_take_is_refused_with_what_to_do() -> None:
+    text = refusal(lambda: check_shapes(torch.optim.Muon, {"params": nn.Linear(2, 3).parameters()}, {}))
+    assert (
+        "Muon does not take a parameter of shape [3]: Muon only supports 2D" in text and "'optimizer': torch.optim.AdamW" in text
+    )
+
+
+def test_groups_may_have_classes_of_their_own_with_their_own_arguments() -> None:
+    given = [
+        {"params": [nn.Parameter(torch.ones(2, 2))], "optimizer": torch.optim.Muon, "lr": 0.3},
+        {"params": [nn.Parameter(torch.ones(2))]},
+        {"params": [nn.Parameter(torch.ones(2))], "lr": 0.5},
+    ]
+    example = example_optimizer(torch.optim.Adam, parameter_groups(nn.Linear(1, 1), given), {"betas": (0.5, 0.6), "lr": 0.1})
+    shown = plain_settings(example)
+    assert [group["lr"] for group in shown] == [0.3, 0.1, 0.5]
+    assert ["betas" in group for group in shown] == [False, True, True] and shown[0]["ns_steps"] == 5
+    assert example.defaults["betas"] == (0.5, 0.6)
+    wrong = [{"params": [nn.Parameter(torch.ones(2))], "optimizer": "Muon"}]
+    assert "must be a class" in refusal(lambda: example_optimizer(torch.optim.Adam, wrong, {}))
 
 
 def test_a_class_that_servers_do_not_have_is_refused_by_its_full_name_even_if_it_is_called_like_one_they_have() -> None:
@@ -140,7 +175,7 @@ def test_a_tensor_for_a_setting_is_refused(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("keyword", ["fused", "foreach", "maximize", "differentiable"])
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls not in WHOLE_TENSOR], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls not in REFUSED], ids=lambda cls: cls.__name__)
 def test_keywords_that_choose_an_implementation_reach_the_servers_if_the_class_has_them(cls: Any, keyword: str) -> None:
     if keyword in inspect.signature(cls).parameters:
         assert check(cls, **{keyword: True})[0][keyword] is True

@@ -19,7 +19,7 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.dense import DenseParameters
-from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
+from roundtable.worker.optim.optimizer import example_optimizer, is_whole, parameter_groups, plain_settings
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
@@ -34,7 +34,7 @@ class Cluster:
         self, model: nn.Module, servers: int, cls: Any, params: Any = None, rules: Rules | None = None, **hyper: Any
     ) -> None:
         groups = parameter_groups(model, params)
-        check_elementwise(cls, hyper)
+        assert not is_whole(cls, hyper)
         update = Update(cls.__name__, plain_settings(example_optimizer(cls, groups, hyper)))
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self.replica = Replica(model, group_of, servers, rules=rules)

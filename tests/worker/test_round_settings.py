@@ -199,6 +199,25 @@ def test_work_of_an_earlier_round_is_done_with_its_settings() -> None:
     assert worker.compute(4, 1).hypers[0]["lr"] == 0.1 / 16
 
 
+def test_pushes_that_begin_before_the_step_have_the_settings_of_the_step() -> None:
+    worker = Worker(Server(), lambda o: lr_scheduler.ExponentialLR(o, 0.5))
+    worker.compute(0, 1)
+    worker.settings.begin(1, 0)
+    early = worker.settings.at(1, 0)
+    worker.body(1)
+    assert early == worker.settings.at(1, 0) == [{"lr": 0.05}, {"lr": 0.015}] and not worker.settings.set_before_step
+
+
+def test_a_change_before_the_step_is_known_to_come_too_late_for_such_pushes() -> None:
+    worker = setting(lr=0.4)
+    worker.opt.step()
+    assert worker.settings.set_before_step
+    worker.settings.begin(1, 0)
+    worker.round = 1
+    worker.opt.step()
+    assert not worker.settings.set_before_step
+
+
 # ---- wrong uses
 
 

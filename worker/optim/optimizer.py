@@ -6,7 +6,7 @@ The update itself runs on the servers with torch.optim's own class. Under polici
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ Groups = list[dict[str, Any]]
 NO_LOSS = "ReduceLROnPlateau looks at the mean loss of an epoch, but none was logged: call run.log(loss=loss) for every batch."
 
 Per = Literal["round", "epoch"]
+#: The key of a parameter group under which its own class is.
+OWN_CLASS = "optimizer"
 
 
 def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
@@ -43,6 +45,32 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
     return groups
 
 
+def class_of(group: Mapping[str, Any], cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return the class of a parameter group: its own, or `cls`. Raises UsageError if its own is no optimizer."""
+    own = group.get(OWN_CLASS, cls)
+    if not (isinstance(own, type) and issubclass(own, torch.optim.Optimizer)):
+        raise UsageError(f"'{OWN_CLASS}' of a parameter group must be a class such as torch.optim.AdamW, not {own!r:.80}.")
+    return own
+
+
+def arguments_of(group: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the class of a parameter group. Those of `run.optimizer` are for its own class only."""
+    return {key: value for key, value in group.items() if key not in ("params", OWN_CLASS)} if OWN_CLASS in group else dict(hyper)
+
+
+class Several(torch.optim.Optimizer):
+    """An optimizer whose parameter groups have classes of their own."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], defaults: dict[str, Any]) -> None:
+        """`parts` have one parameter group each."""
+        super().__init__([{"params": part.param_groups[0]["params"]} for part in parts], defaults)
+        self._parts, self.param_groups = parts, [part.param_groups[0] for part in parts]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
+
 def example_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
     """Return an optimizer of the same class and settings over one dummy element per group.
 
@@ -53,7 +81,20 @@ def example_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: d
 
 
 def make_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
-    """Return an optimizer of this class. Raises UsageError if torch.optim refuses the settings or the parameters."""
+    """Return an optimizer of this class, or of several, if groups have their own. Raises UsageError if torch.optim refuses the
+    settings or the parameters.
+    """
+    if not any(OWN_CLASS in group for group in groups):
+        return _made(cls, groups, hyper)
+    parts = []
+    for group in groups:
+        bare = {key: value for key, value in group.items() if key != OWN_CLASS}
+        parts.append(_made(class_of(group, cls), [bare], {} if OWN_CLASS in group else hyper))
+    main = next((part for part, group in zip(parts, groups, strict=True) if OWN_CLASS not in group), parts[0])
+    return Several(parts, main.defaults)
+
+
+def _made(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         return cls(groups, **hyper)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -87,34 +128,61 @@ def check_sendable(cls: type[torch.optim.Optimizer]) -> None:
         )
 
 
-def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> None:
-    """Raise UsageError unless the update of each element depends on that element alone.
+def is_whole(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> bool:
+    """Return True if the update of one element depends on others of its tensor (Adafactor, Muon).
 
-    Servers hold slices of flattened tensors. An update that looks at a whole tensor (LBFGS, Adafactor, Muon) would have another
-    result. The check takes three steps on a matrix, and the same steps on its two flattened halves.
+    Servers hold slices of flattened tensors, unless an update needs whole ones. Three steps on matrices are compared with the
+    same steps on flattened halves. Raises UsageError for a class that servers cannot run: its step needs more than dense
+    gradients (LBFGS, SparseAdam), or the update of a tensor depends on other tensors.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 8, generator=generator)
-    gradients = [torch.randn(6, 8, generator=generator) for _ in range(3)]
-    why = f"{cls.__name__} cannot run on parameter servers, each of which holds only parts of tensors: "
+    starts = [torch.randn(6, 8, generator=generator) for _ in range(2)]
+    gradients = [[torch.randn(6, 8, generator=generator) for _ in starts] for _ in range(3)]
+    why = f"{cls.__name__} cannot run on parameter servers"
+    advice = "Choose one that needs gradients only, such as SGD or AdamW."
     try:
-        whole, cut = start.clone(), [part.clone() for part in start.reshape(-1).split(24)]
-        # in a group of a server, the settings are the same and only the parameters differ
-        on_whole, on_cut = cls([whole], **hyper), cls(cut, **hyper)
-        for gradient in gradients:
-            whole.grad = gradient
-            for part, values in zip(cut, gradient.reshape(-1).split(24), strict=True):
-                part.grad = values
-            on_whole.step()
-            on_cut.step()
-    except Exception as error:  # the class may object to slices with any exception
+        both = _stepped(cls, hyper, starts, gradients)
+        apart = [_stepped(cls, hyper, [start], [[given[n]] for given in gradients])[0] for n, start in enumerate(starts)]
+    except Exception as error:  # the class may object with any exception
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{why}{text.rstrip('.')}. Choose one with an elementwise update, such as SGD or AdamW.") from None
-    if not torch.equal(whole.reshape(-1), torch.cat(cut)):
-        raise UsageError(
-            f"{why}its update of one element depends on others of the tensor. Choose one with an elementwise update, "
-            "such as SGD or AdamW, or policy local or average, where optimizers run on whole tensors."
-        )
+        raise UsageError(f"{why}: {text.rstrip('.')}. {advice}") from None
+    if not all(map(torch.equal, both, apart)):
+        raise UsageError(f"{why}: its update of one tensor depends on others, which other servers may have. {advice}")
+    try:
+        cut = starts[0].reshape(-1).split(24)
+        halves = _stepped(cls, hyper, cut, [list(given[0].reshape(-1).split(24)) for given in gradients])
+    except Exception:  # it objects to slices
+        return True
+    return not torch.equal(both[0].reshape(-1), torch.cat(halves))
+
+
+def _stepped(
+    cls: type[torch.optim.Optimizer],
+    hyper: dict[str, Any],
+    starts: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Return tensors after a step with each of `gradients`, which are updated in one group."""
+    tensors = [start.clone() for start in starts]
+    optimizer = cls(tensors, **hyper)
+    for some in gradients:
+        for tensor, gradient in zip(tensors, some, strict=True):
+            tensor.grad = gradient.clone()
+        optimizer.step()
+    return tensors
+
+
+def check_shapes(cls: type[torch.optim.Optimizer], group: Mapping[str, Any], hyper: dict[str, Any]) -> None:
+    """Raise UsageError if a class that updates whole tensors does not take the shapes of a group's parameters."""
+    for parameter in group["params"]:
+        try:
+            cls([torch.empty(parameter.shape, device="meta", requires_grad=True)], **hyper)
+        except Exception as error:
+            text = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UsageError(
+                f"{cls.__name__} does not take a parameter of shape {list(parameter.shape)}: {text}. Put such parameters into a "
+                "group with a class of its own: {'params': biases, 'optimizer': torch.optim.AdamW, 'lr': 0.001}."
+            ) from None
 
 
 class Hypers:

@@ -90,6 +90,8 @@ class RoundSettings:
         elif self._at != round_:
             self._put(*self._starts[round_])
         self._at = round_ + 1
+        if not self._is_usual():
+            self._note_changes(self._checked())  # now, because pushes may begin before the step
         if self._hypers is not None and not isinstance(self._hypers.scheduler, ReduceLROnPlateau):
             self._show(self._hypers.at(round_, epoch))
         return True
@@ -102,10 +104,7 @@ class RoundSettings:
         self._counts = self.schedulers.counts() if self.schedulers else None
         if self.rehearses:
             return
-        is_usual = all(
-            group[key] == value for group, first in zip(self.groups, self._first, strict=True) for key, value in first.items()
-        )
-        if is_usual and not self._changed and not self.schedulers:
+        if self._is_usual() and not self._changed and not self.schedulers:
             self.set_before_step = False
             return
         values = self._checked()
@@ -117,7 +116,7 @@ class RoundSettings:
                 f"{key} of parameter group {group} was {one} in an earlier micro-batch of round {round_}, and is {other} now "
                 f"({script_line()}): set the same value for all of a round, for example one that is computed from run.round."
             )
-        self._changed |= {key for first, now in zip(self._first, values, strict=True) for key in first if now[key] != first[key]}
+        self._note_changes(values)
         steps = self._steps_after.get(self._loop, [])
         self._used[round_] = values, Schedules(json.dumps(self.schedulers.state()), steps) if self.schedulers else None
         for old in [known for known in self._used if known <= round_ - _KEPT]:
@@ -165,10 +164,11 @@ class RoundSettings:
 
     def _take(self, told: UsedSettings) -> None:
         """Take over the settings with which a round was applied."""
-        for group, first, given in zip(self.groups, self._first, told.hypers, strict=False):
-            for key, value in given.items():
+        hypers = told.hypers or [{}] * len(self.groups)
+        for group, first, given in zip(self.groups, self._first, hypers, strict=False):
+            for key, value in {**first, **given}.items():
                 group[key] = tuple(value) if isinstance(value, list) and isinstance(first.get(key), tuple) else value
-                self._changed.add(key)
+        self._changed.update(*hypers)
         if told.schedules is not None:
             self.schedulers.load(json.loads(told.schedules.state))
 
@@ -210,6 +210,13 @@ class RoundSettings:
                 f"{script_line()}: {type(scheduler).__name__} is attached to an optimizer that has a schedule: leave out one of "
                 "this and run.optimizer(schedule=...)."
             )
+
+    def _is_usual(self) -> bool:
+        """Return whether the settings are those that servers have from the start."""
+        return all(group[key] == first[key] for group, first in zip(self.groups, self._first, strict=True) for key in first)
+
+    def _note_changes(self, values: _Values) -> None:
+        self._changed |= {key for first, now in zip(self._first, values, strict=True) for key in first if now[key] != first[key]}
 
     def _checked(self) -> _Values:
         """Return the settings now. Raises UsageError for one that servers cannot take."""

@@ -35,11 +35,13 @@ class Replica:
         rules: Rules | None = None,
         at_once: bool = False,
         elsewhere: Collection[int] = (),
+        whole: Collection[int] = (),
     ) -> None:
         """`groups` maps id(parameter) to the parameter's group. A parameter is frozen if it has no group or requires no gradient.
 
         `tables` and `sharded_layers` are on the servers alone, and `elsewhere` has the ids of their parameters. `rules` are the
-        script's rules for buffers. `at_once`: servers apply each contribution by itself.
+        script's rules for buffers. `at_once`: servers apply each contribution by itself. `whole` has the ids of parameters
+        that servers update whole.
 
         Raises UsageError for a parameter of a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
@@ -47,7 +49,7 @@ class Replica:
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         if self.is_scripted:  # otherwise torch rewrites the code after a few calls, and the bits depend on the number of calls
             torch._C._set_graph_executor_optimize(False)
-        self._tensors = ModelTensors(model, groups, servers, tables, sharded_layers, rules or {}, elsewhere)
+        self._tensors = ModelTensors(model, groups, servers, tables, sharded_layers, rules or {}, elsewhere, whole)
         #: Parameters and parts of buffers by number. If a script moves a buffer to another device, there is a new tensor.
         self.tensors = self._tensors.tensors
         self.specs = self._tensors.specs

@@ -24,6 +24,12 @@ class Update(msgspec.Struct, frozen=True):
     groups: Many[Hypers]
     #: Bounds the gradient's norm over all servers.
     clip_norm: float | None = None
+    #: The class of each parameter group, if they have not all the same one.
+    classes: Many[Name] = []
+
+    def class_of(self, group: int) -> str | None:
+        """Return the name of a parameter group's class."""
+        return self.classes[group] if self.classes else self.optimizer
 
 
 class InFile(msgspec.Struct, frozen=True, array_like=True):

@@ -32,6 +32,7 @@ class ModelTensors:
         sharded_layers: Sequence[ShardedLayerSpec],
         rules: Rules,
         elsewhere: Collection[int],
+        whole: Collection[int] = (),
     ) -> None:
         """Find the model's tensors. `Replica` documents the arguments.
 
@@ -51,8 +52,8 @@ class ModelTensors:
             enumerate(((b, n) for b in buffers for n in range(len(b.parts()))), first)
         )
         self.specs = [
-            *(_spec(name, p, groups[id(p)]) for name, p in trained),
-            *(_spec(name, p, groups.get(id(p), -1), frozen=True) for name, p in frozen),
+            *(_spec(name, p, groups[id(p)], whole=id(p) in whole) for name, p in trained),
+            *(_spec(name, p, groups.get(id(p), -1), frozen=True, whole=id(p) in whole) for name, p in frozen),
             *(TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts),
         ]
         self.layout: Layout = make_layout(self.specs, servers, tables, sharded_layers)
@@ -154,6 +155,7 @@ def _check_memory(named: _Named) -> None:
             raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
 
 
-def _spec(name: str, tensor: torch.Tensor, group: int, frozen: bool = False) -> TensorSpec:
+def _spec(name: str, tensor: torch.Tensor, group: int, frozen: bool = False, whole: bool = False) -> TensorSpec:
     dtype = dtype_name(tensor.dtype)
-    return TensorSpec(name, list(tensor.shape), dtype, group if is_trainable(dtype) or not frozen else -1, frozen=frozen)
+    group = group if is_trainable(dtype) or not frozen else -1
+    return TensorSpec(name, list(tensor.shape), dtype, group, frozen=frozen, whole=whole and group >= 0)
