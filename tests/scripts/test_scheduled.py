@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from train_scheduled import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, ROUNDS, Rates, classifier, dataset
+from train_scheduled import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, ROUNDS, Rates, classifier, dataset, is_marked
 
 from roundtable.common.runtime.failpoints import VARIABLE
 
@@ -38,7 +38,8 @@ def plain_loop(kind: str) -> nn.Module:
         for parameter, a, b in zip(parameters, one, other, strict=True):
             parameter.grad = (a * MICRO_BATCH + b * MICRO_BATCH) / GLOBAL_BATCH
         rates.before_step(round_)
-        optimizer.step()
+        if kind != "scaled" or not is_marked(inputs[parts[1]]):
+            optimizer.step()
         rates.after_step()
         if round_ % ROUNDS == ROUNDS - 1:
             rates.after_epoch(model)
@@ -72,6 +73,12 @@ def test_a_rate_counts_once_a_round_whoever_computes_it(
     summary = launch(*flags, "--threads", 1, SCRIPT, "--", kind)
     assert (summary["rounds"], summary["dropped"]) == (EPOCHS * ROUNDS, 0)
     assert summary["weights_sha256"] == sha256(plain_loop(kind))
+
+
+def test_a_step_that_a_grad_scaler_finds_not_finite_drops_the_round_on_all_workers(launch) -> None:
+    summary = launch("--workers", 2, "--servers", 2, "--threads", 1, "--on-nonfinite", "skip", SCRIPT, "--", "scaled")
+    assert (summary["rounds"], summary["dropped"]) == (EPOCHS * ROUNDS, 2 * EPOCHS)
+    assert summary["weights_sha256"] == sha256(plain_loop("scaled"))
 
 
 @pytest.mark.long

@@ -31,6 +31,11 @@ def loss_of(model: nn.Module) -> float:
         return float(nn.functional.cross_entropy(model(inputs), labels))
 
 
+def is_marked(inputs: torch.Tensor) -> bool:
+    """Whether a batch is the one micro-batch of an epoch, in its last round, whose loss is not finite."""
+    return torch.equal(inputs[0], dataset().tensors[0][-MICRO_BATCH])
+
+
 class Rates:
     """A user's ways to set the rate. `opt` is any optimizer of torch.optim, so this serves a plain loop as well."""
 
@@ -73,14 +78,17 @@ def main(kind: str) -> None:
     model = run.replicate(classifier())
     opt = run.optimizer(torch.optim.SGD, **OPTIMIZER)
     rates = Rates(opt, kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=kind == "scaled")
     for _ in range(EPOCHS):
         for inputs, labels in run.batches(dataset(), micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH, epochs=1, shuffle=False):
             opt.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
+            loss = nn.functional.cross_entropy(model(inputs), labels)
+            scaler.scale(loss * float("inf") if kind == "scaled" and is_marked(inputs) else loss).backward()
             rates.before_step(run.round)
             if kind == "apart":
                 opt.param_groups[0]["lr"] = 0.5 + run.index
-            opt.step()
+            scaler.step(opt)
+            scaler.update()
             rates.after_step()
         rates.after_epoch(model)
 

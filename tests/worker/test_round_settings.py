@@ -289,8 +289,37 @@ def test_an_optimizer_is_one_of_torchs_and_refuses_what_it_cannot_do() -> None:
     assert opt.param_groups[0]["params"] == [parameter] and "lr: 0.1" in repr(opt)
     assert "opt.step() is given a closure" in refusal(lambda: opt.step(lambda: 0.0))  # type: ignore[arg-type, return-value]
     assert "add_param_group() is called" in refusal(lambda: opt.add_param_group({"params": []}))
+    assert "the servers have the optimizer's state" in refusal(opt.state_dict) + refusal(lambda: opt.load_state_dict({}))
     parameter.grad = torch.ones(3)
     opt.zero_grad(set_to_none=False)
     assert torch.equal(parameter.grad, torch.zeros(3))
     opt.zero_grad()
     assert parameter.grad is None
+
+
+def scaled(is_dense: bool = True) -> tuple[nn.Parameter, torch.amp.GradScaler, Optimizer, list[torch.Tensor | None]]:
+    """A parameter whose gradient is the input, a scaler, an optimizer, and the gradients at its steps."""
+    parameter, steps = nn.Parameter(torch.ones(3)), []
+    settings = RoundSettings([{"params": [parameter], "lr": 0.1}])
+    note = lambda weight: steps.append(parameter.grad.clone())  # type: ignore[union-attr]  # noqa: E731
+    return parameter, torch.amp.GradScaler("cpu", init_scale=1024.0), Optimizer(note, settings, {"lr": 0.1}, [], is_dense), steps
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_grad_scaler_unscales_gradients_once_and_steps_even_if_they_are_not_finite(by_hand: bool) -> None:
+    parameter, scaler, opt, steps = scaled()
+    for x in (torch.tensor([1.0, 0.3, -7.0]), torch.tensor([1.0, float("inf"), 2.0])):
+        scaler.scale((parameter * x).sum()).backward()
+        if by_hand:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        parameter.grad = None
+    assert torch.equal(steps[0], torch.tensor([1.0, 0.3, -7.0]))  # type: ignore[arg-type]
+    assert not steps[1].isfinite().all() and scaler.get_scale() == 512.0  # type: ignore[union-attr]
+
+
+def test_a_grad_scaler_is_refused_for_gradients_that_it_cannot_reach() -> None:
+    parameter, scaler, opt, _ = scaled(is_dense=False)
+    scaler.scale(parameter.sum()).backward()
+    assert "use torch.autocast with bfloat16" in refusal(lambda: scaler.step(opt))

@@ -31,13 +31,17 @@ class Optimizer(torch.optim.Optimizer):
         settings: RoundSettings,
         defaults: dict[str, Any],
         forget: Sequence[Callable[[], None]],
+        is_dense: bool = True,
     ) -> None:
-        """`forget` drop gradients that are not in the parameters' `grad`."""
-        self._contribute, self._settings, self._forget = step, settings, forget
+        """`forget` drop gradients that are not in the parameters' `grad`. If `is_dense`, there are none."""
+        self._contribute, self._settings, self._forget, self._is_dense = step, settings, forget, is_dense
         with no_compiler():
             super().__init__([{"params": list(group["params"])} for group in settings.groups], dict(defaults))
         #: The servers have the state, so this stays empty.
         self.state = defaultdict(dict)
+
+    #: Have torch.amp.GradScaler call `step` for gradients that are not finite as well: the run then decides about the round.
+    _step_supports_amp_scaling = True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -78,7 +82,38 @@ class Optimizer(torch.optim.Optimizer):
                 f"opt.step() is given a closure ({script_line()}), but servers cannot compute the loss again: call "
                 "loss.backward() and then opt.step(); policies local and average take no closure either."
             )
+        self._unscale()
         self._contribute(None if weight is None else checked_weight(weight))
+
+    def _unscale(self) -> None:
+        """Divide the gradients by the scale that a GradScaler has set for this step, if any, as `GradScaler.unscale_` does."""
+        scale = vars(self).get("grad_scale")
+        if scale is None:
+            return
+        if not self._is_dense:
+            raise UsageError(
+                f"a GradScaler steps the optimizer ({script_line()}), but gradients of row-sparse tables and sharded layers are "
+                "not here: use torch.autocast with bfloat16, which needs no GradScaler."
+            )
+        inverse = scale.double().reciprocal().float()
+        for group in self._settings.groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(inverse.to(parameter.grad.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raise UsageError: the servers have the state."""
+        raise UsageError(
+            f"opt.state_dict() is called ({script_line()}), but the servers have the optimizer's state: it is in the run's "
+            "checkpoints (--checkpoint-every), and --resume goes on with it."
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise UsageError: the servers have the state."""
+        raise UsageError(
+            f"opt.load_state_dict() is called ({script_line()}), but the servers have the optimizer's state: go on from a "
+            "checkpoint of a run with --resume."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients. This is never needed, because `step` does it; training loops call it."""

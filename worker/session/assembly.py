@@ -72,7 +72,8 @@ class Assembly:
         settings = self._settings(made, call, client)
         work = self._loop(made, call, client, rows, shards, settings)
         training = Training(self._context, setup, client, work, made.schedule)
-        return training, Optimizer(work.step, settings, made.optimizer.defaults, [rows.forget, shards.forget])
+        is_dense = not (made.tables or made.layers)
+        return training, Optimizer(work.step, settings, made.optimizer.defaults, [rows.forget, shards.forget], is_dense)
 
     def _settings(self, made: Preparation, call: OptimizerCall, client: ParameterClient) -> RoundSettings:
         """Return the settings of the rounds."""
