@@ -26,12 +26,12 @@ from roundtable.worker.optim.optimizer import (
     Per,
     Schedule,
     arguments_of,
-    check_sendable,
     check_shapes,
     class_of,
     example_optimizer,
     is_whole,
     make_optimizer,
+    name_of,
     parameter_groups,
     plain_settings,
 )
@@ -98,9 +98,9 @@ def prepare(
     else:
         with no_compiler():
             optimizer = example_optimizer(cls, groups, hyper)
-        names = [one.__name__ for one in classes]
+        names = [name_of(one) for one in classes]
         bound = clip_norm if policy.applies == "round" else None
-        update = Update(cls.__name__, plain_settings(optimizer), bound, names if set(names) != {cls.__name__} else [])
+        update = Update(names[0], plain_settings(optimizer), bound, names if len(set(names)) > 1 else [])
         for table in tables:
             check_training([table], classes[table.spec.group], update.groups, policy)
     return Preparation(replica, tables, layers, dense, update, optimizer, *_facts(call, groups, policy.is_local))
@@ -115,7 +115,11 @@ def _whole(
     """
     found: set[int] = set()
     for number, (cls, group) in enumerate(zip(classes, groups, strict=True)):
-        check_sendable(cls)
+        if "." in name_of(cls) and number in layers:
+            raise UsageError(
+                f"{cls.__name__} is not a class of torch.optim, and row-sparse tables and sharded layers need one of these: put "
+                "them into a group of another class."
+            )
         arguments = arguments_of(group, hyper)
         with no_compiler():
             if not is_whole(cls, arguments):

@@ -128,8 +128,9 @@ class Run(Deciding):
         """Set how the weights are updated, and return the optimizer. Servers run the update; under `local` and `average`,
         workers do.
 
-        `cls` is a class of torch.optim and `hyper` its arguments. `params` are parameters or groups as torch.optim takes them,
-        by default all of the model's. A group may have a class of its own, under the key `optimizer`, and arguments for it.
+        `cls` is a class of torch.optim, or one that servers can import, and `hyper` its arguments. `params` are parameters or
+        groups as torch.optim takes them, by default all of the model's. A group may have a class of its own, under the key
+        `optimizer`, and arguments for it.
         `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer that it is given, such as
         `schedule=lambda o: StepLR(o, 30)`. The run steps it after every round or epoch, by `schedule_per`. Or
         attach a scheduler to the result, or set numbers in its `param_groups` (docs/tutorial/optimizers.md). As `schedule`,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from roundtable.cluster.launch.scale import take
-from roundtable.cluster.launch.starting import prepared, start_coordinator, start_server, threads
+from roundtable.cluster.launch.starting import prepared, start_coordinator, start_server, threads, trusting
 from roundtable.cluster.launch.supervisor import Supervisor
 from roundtable.cluster.options.resume import stop_message
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
@@ -24,7 +24,7 @@ from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import LOGS, read_summary, tidy_log, write_settings
 from roundtable.cluster.run.summary import check_trained, count, summary_lines
-from roundtable.common.config.launching import rank_variables, words_of
+from roundtable.common.config.launching import module_of, rank_variables, words_of
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
@@ -155,11 +155,11 @@ class _Local:
                 self._check_end()
 
     def _start_others(self, address: str) -> None:
-        settings = self._order.settings
+        settings, path = self._order.settings, self._order.script
+        flags = trusting(Path(path).parent if path is not None and module_of(path) is None else Path())
         for index in range(settings.servers):
-            start_server(
-                self._processes, self._program, address, index, self._order.devices[index % len(self._order.devices)], **_AGAIN
-            )
+            device = self._order.devices[index % len(self._order.devices)]
+            start_server(self._processes, self._program, address, index, device, flags=flags, **_AGAIN)
         script = [*words_of(self._order.script), "--", *self._order.args] if self._order.script is not None else []
 
         def worker(index: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import roundtable
-from roundtable.cluster.launch.starting import start_coordinator, start_server
+from roundtable.cluster.launch.starting import start_coordinator, start_server, trusting
 from roundtable.cluster.options.resume import stop_message
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
 from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings
@@ -44,7 +44,7 @@ class Companions:
             program = [sys.executable, str(_LAUNCH)]
             #: The coordinator's address.
             self.address = start_coordinator(self._processes, program, self.folder, 0, self._tick, flags=_FLAGS)
-            start_server(self._processes, program, self.address, 0)
+            start_server(self._processes, program, self.address, 0, flags=trusting(sys.path[0] or "."))
         except OSError as error:
             self._cleanup.close()
             why = error.strerror or error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,11 @@ def start_server(
     number = [] if index is None else ["--index", str(index)]
     command = ["server", "--coordinator", address, "--listen", bind, *number, "--server-device", device, *flags]
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **threads(1), **env)
+
+
+def trusting(folder: str | Path) -> list[str]:
+    """Return the flags with which a server runs any optimizer class, also of modules in `folder`: that of the script."""
+    return ["--trust-optimizers=*", f"--trust-optimizers={Path(folder).resolve()}{os.sep}"]
 
 
 def prepared(command: Sequence[str], how: How, *more: str) -> list[str]:

@@ -19,7 +19,7 @@ from roundtable.common.model.tensor_bytes import dtype_of, stored_as
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 from roundtable.ps.params.optimizer_classes import class_named, with_tuples
-from roundtable.ps.params.whole_tensor import WholeTensor
+from roundtable.ps.params.whole_tensor import WholeTensor, as_tensor
 
 #: Elements that are summed and updated at a time: few enough to stay in a core's cache through all steps.
 #: A fused kernel is one step. Without one there are many steps, which need memory for temporaries and time to call.
@@ -27,7 +27,7 @@ _BLOCK, FUSED_BLOCK = 256 << 10, 1 << 20
 #: A fused kernel gives the same bits on every processor if the length is a multiple of this, which makes whole vectors.
 _WHOLE_VECTORS = 64
 #: Prefixes of the optimizer's state in checkpoints: state of each element, and state of a whole tensor.
-_EACH, _COMMON = "optimizer", "optimizer-common"
+_EACH, _COMMON, _NUMBER = "optimizer", "optimizer-common", "optimizer-number"
 
 
 @dataclass
@@ -199,8 +199,10 @@ class ChunkState:
             for name, first in parts[0][2].items():
                 if _is_each(first, parts[0][0]):
                     yield Entry(f"{_EACH}/{name}/{key}", shape, [take(state[name][own]) for _, own, state in parts])
-                elif first is not None:  # all blocks have the same value, such as the number of steps
+                elif isinstance(first, torch.Tensor):  # all blocks have the same value, such as the number of steps
                     yield Entry(f"{_COMMON}/{name}/{key}", first.shape, [first.clone()])
+                elif first is not None:
+                    yield Entry(f"{_NUMBER}/{name}/{key}", [], [as_tensor(first)])
 
     def _within(self, bit: int) -> Iterator[tuple[Block, slice, slice]]:
         """Yield each block of piece number `bit`, with the piece's slice of the block and the block's slice of the piece."""
@@ -216,6 +218,7 @@ class ChunkState:
             self.stir()
         each: list[dict[str, torch.Tensor]] = []
         common: list[dict[str, torch.Tensor]] = []
+        numbers: list[dict[str, Any]] = []
         for key, _, piece in self.keys(layout):
             found = files[f"weights/{key}"].reshape(-1)
             found = found.view(torch.uint8) if layout.tensors[piece.tensor].is_bytes else found
@@ -223,7 +226,15 @@ class ChunkState:
             named = self.optimizers or {}
             each.append({name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in (files.below(_EACH, key) if named else ())})
             common.append({name: files[f"{_COMMON}/{name}/{key}"] for name in (files.below(_COMMON, key) if named else ())})
-        self.separate([(*sorted(e), *((n, c[n].tolist()) for n in sorted(c))) for e, c in zip(each, common, strict=True)])
+            numbers.append(
+                {name: files[f"{_NUMBER}/{name}/{key}"].item() for name in (files.below(_NUMBER, key) if named else ())}
+            )
+        self.separate(
+            [
+                (*sorted(e), *((n, c[n].tolist()) for n in sorted(c)), *sorted(m.items()))
+                for e, c, m in zip(each, common, numbers, strict=True)
+            ]
+        )
         own: dict[int, dict[str, list[torch.Tensor]]] = {}
         for bit, values in enumerate(each):
             for block, _, of_piece in self._within(bit):
@@ -231,8 +242,8 @@ class ChunkState:
                     own.setdefault(block.start, {}).setdefault(name, []).append(value[of_piece])
         for block in self.blocks:
             first = (block.pieces & -block.pieces).bit_length() - 1
-            state = {name: torch.cat(values) for name, values in own.get(block.start, {}).items()}
-            state |= {name: value.clone() for name, value in common[first].items()}
+            state: dict[str, Any] = {name: torch.cat(values) for name, values in own.get(block.start, {}).items()}
+            state |= {name: value.clone() for name, value in common[first].items()} | numbers[first]
             if state:
                 self.optimizers[block.fused].state[block.parameter] = state
 
@@ -246,7 +257,7 @@ class ChunkState:
         """Return True if a checkpoint has more than first weights for a piece: a worker has contributed to it."""
         if self.chunk.group < 0:
             return False
-        with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
+        with_state = files.below(_NUMBER, key) or files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
         with_state = with_state or (self.whole is not None and self.whole.was_trained(files))
         return bool(with_state) or files[f"weights/{key}"].dtype != self.dtype
 
@@ -264,9 +275,9 @@ class ChunkState:
         self.master = into
 
 
-def _is_each(value: torch.Tensor | None, block: Block) -> bool:
+def _is_each(value: Any, block: Block) -> bool:
     """Return True if a value of the optimizer's state has the block's shape."""
-    return value is not None and value.shape == block.parameter.shape
+    return isinstance(value, torch.Tensor) and value.shape == block.parameter.shape
 
 
 def may_share_blocks(chunk: Chunk, update: Update) -> bool:

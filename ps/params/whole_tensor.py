@@ -33,10 +33,10 @@ class WholeTensor:
         self._settings = with_tuples(update.groups[group])
         #: The master weights, flat. Chunks have views of them.
         self.values = torch.zeros(math.prod(shape), dtype=dtype)
-        self._parameter = torch.nn.Parameter(self.values.view(self._shape))
+        self._parameter = self.values.view(self._shape)
         self._optimizer: torch.optim.Optimizer | None = None
         self._gradient: torch.Tensor | None = None
-        self._over(torch.nn.Parameter(torch.empty(self._shape, dtype=dtype, device="meta")))  # an error is raised here
+        self._over(torch.empty(self._shape, dtype=dtype, device="meta"))  # an error is raised here
         #: By chunk whose part of a round's gradient is here, or that has none: where its weights go.
         self._due: dict[int, Places] = {}
 
@@ -94,7 +94,7 @@ class WholeTensor:
             if isinstance(value, torch.Tensor):
                 yield Entry(f"{_STATE}/{name}/{self.name}", value.shape, [value.clone()])
             elif isinstance(value, int | float):
-                yield Entry(f"{_NUMBER}/{name}/{self.name}", [], [torch.tensor(value)])
+                yield Entry(f"{_NUMBER}/{name}/{self.name}", [], [as_tensor(value)])
 
     def was_trained(self, files: TensorFiles) -> bool:
         """Return True if a checkpoint has state of this tensor's optimizer."""
@@ -106,6 +106,11 @@ class WholeTensor:
         found |= {name: files[f"{_NUMBER}/{name}/{self.name}"].item() for name in files.below(_NUMBER, self.name)}
         if found:
             self._made().state[self._parameter] = found
+
+
+def as_tensor(number: float) -> torch.Tensor:
+    """Return a number of an optimizer's state as checkpoints have it."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
 
 
 def whole_tensors(layout: Layout, server: int, update: Update) -> dict[int, WholeTensor]:

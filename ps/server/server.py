@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ def serve(
     device: torch.device,
     start_s: float = START_S,
     advertise: str | None = None,
+    trusts: Collection[str] = (),
 ) -> None:
     """Run a server of the cluster of `coordinator` until the run ends. The server listens at `bind`.
 
     Sharded layers are computed on `device`. The coordinator has `start_s` seconds to answer. If `advertise` (HOST, HOST:PORT or
-    tcp://HOST:PORT) is not None, other processes connect to that address.
+    tcp://HOST:PORT) is not None, other processes connect to that address. `trusts` are modules whose optimizers may run here.
 
     Raises UsageError if the server cannot listen or is refused. Raises ClusterError if the run fails or the coordinator falls
     silent. Raises Stopped on SIGTERM and Ctrl-C: at the first signal, once the coordinator lets the server leave.
@@ -90,7 +92,7 @@ def serve(
     try:
         await_route(coordinator, start_s)
         with no_compiler():
-            server = _Server(context, coordinator, bind, index, device, start_s, advertise)
+            server = _Server(context, coordinator, bind, index, device, start_s, advertise, trusts)
             with handled((signal.SIGTERM, signal.SIGINT), server.stop):
                 server.run()
     finally:
@@ -107,10 +109,11 @@ class _Server:
         device: torch.device = _CPU,
         start_s: float = START_S,
         advertise: str | None = None,
+        trusts: Collection[str] = (),
     ) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
-        self._device = device
+        self._device, self._trusts = device, trusts
         address = to_advertise(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
@@ -323,7 +326,7 @@ class _Server:
             self._writer = writer = CheckpointWriter(index, run_dir)
             context = ShardContext(
                 index, welcome.settings, load(welcome.settings), self._device, lambda: self._attendance.coordinator,
-                self._show_life, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
+                self._show_life, self._finish_saving, lambda: writer.busy, lambda: writer.bytes, self._trusts,
             )  # fmt: skip
             self._identities = Identities(index, welcome.key, welcome.servers)
             self._shard = ShardHost(context, source, welcome.replaces, welcome.ends_after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,8 @@ class ShardContext:
     is_writing: Callable[[], bool] = lambda: False
     #: Return how many bytes of checkpoints this server has written.
     bytes_written: Callable[[], int] = lambda: 0
+    #: The modules whose optimizers this server may import and run.
+    trusts: Collection[str] = ()
 
 
 class Progress:

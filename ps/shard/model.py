@@ -19,6 +19,7 @@ from roundtable.ps.model_parts import Part, parts_on
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.memory_budget import check_memory
+from roundtable.ps.params.optimizer_classes import import_classes
 from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.shard.checkpoint_writer import Source
@@ -71,6 +72,7 @@ class ShardModel:
         index, settings, keeps = context.index, context.settings, context.policy.applies == "round"
         try:
             self.layout = layout = make_layout(setup.tensors, settings.servers, setup.tables, setup.sharded_layers)
+            import_classes(setup.update, context.trusts)
             check_memory(layout, index, setup.update, context.device, settings.replicas)
             self.dense = DenseParameters(layout, index, setup.update, context.policy)
             self.tables = RowTables(layout, index, setup.update, settings.seed, keeps)

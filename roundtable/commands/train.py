@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -210,8 +211,18 @@ def coordinator(
 @click.option("--advertise", cls=Option, callback=check_advertised, metavar="ADDRESS",
               help="Address for others to connect to: HOST, HOST:PORT or tcp://HOST:PORT, e.g. of a router that forwards here "
               "(default: where it listens, as the coordinator sees it).")  # fmt: skip
+@click.option("--trust-optimizers", cls=Option, multiple=True, metavar="MODULE",
+              help="Import optimizer classes of this module, and run them. May be repeated. * is any module, and a folder is "
+              "one to look for modules in.")  # fmt: skip
 def server(
-    coordinator: str, listen: str, index: int | None, server_device: str, start_s: float, quiet: bool, advertise: str | None
+    coordinator: str,
+    listen: str,
+    index: int | None,
+    server_device: str,
+    start_s: float,
+    quiet: bool,
+    advertise: str | None,
+    trust_optimizers: tuple[str, ...],
 ) -> None:
     """Run one parameter server.
 
@@ -222,7 +233,10 @@ def server(
 
     log_to_stderr(quiet)
     keep_private()
-    serve(coordinator, listen, index, find_device(server_device, "--server-device"), start_s, advertise)
+    folders = [name for name in trust_optimizers if os.sep in name]
+    sys.path[1:1] = folders
+    trusts = set(trust_optimizers) - set(folders)
+    serve(coordinator, listen, index, find_device(server_device, "--server-device"), start_s, advertise, trusts)
 
 
 @click.command(cls=Command)

@@ -22,12 +22,12 @@ LAUNCH = Path(__file__).parents[2] / "launch.py"
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
-def plain_loop(clip: float) -> nn.Module:
+def plain_loop(whose: str) -> nn.Module:
     """Train with torch alone, an optimizer for each group, and two micro-batches a step."""
     model = network()
     parameters = list(model.parameters())
     optimizers = []
-    for group in groups(model):
+    for group in groups(model, whose):
         cls = group.pop("optimizer", torch.optim.AdamW)
         optimizers.append(cls([group], **({} if "lr" in group else {"lr": 0.01})))
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5) for optimizer in optimizers]
@@ -37,8 +37,6 @@ def plain_loop(clip: float) -> nn.Module:
         one, other = (torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts)
         for parameter, a, b in zip(parameters, one, other, strict=True):
             parameter.grad = (a * MICRO_BATCH + b * MICRO_BATCH) / GLOBAL_BATCH
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, clip)
         for step in (*(optimizer.step for optimizer in optimizers), *(scheduler.step for scheduler in schedulers)):
             step()
     return model
@@ -52,27 +50,30 @@ def sha256(model: nn.Module) -> str:
 
 
 @pytest.mark.parametrize(
-    ("flags", "fault"),
+    ("whose", "flags", "fault"),
     [
-        (["--workers", 1, "--servers", 1], ""),
-        (["--workers", 2, "--servers", 3, "--transport", "tcp"], ""),
-        (["--workers", 3, "--servers", 2], "worker-1:computing:3:kill"),
-        pytest.param(["--workers", 2, "--servers", 2, "--replicas", 1], "server-1:applying:3:kill", marks=pytest.mark.long),
-        pytest.param(["--workers", 2, "--servers", 2], "server-0:applying:3:kill", marks=pytest.mark.long),
+        ("own", ["--workers", 1, "--servers", 1], ""),
+        ("torch", ["--workers", 2, "--servers", 3, "--transport", "tcp"], ""),
+        ("torch", ["--workers", 3, "--servers", 2], "worker-1:computing:3:kill"),
+        pytest.param("own", ["--workers", 2, "--replicas", 1], "server-1:applying:3:kill", marks=pytest.mark.long),
+        pytest.param("torch", ["--workers", 2, "--servers", 2], "server-0:applying:3:kill", marks=pytest.mark.long),
     ],
 )
-def test_each_group_is_updated_by_its_own_class(flags: list[Any], fault: str, launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_group_is_updated_by_its_own_class(
+    whose: str, flags: list[Any], fault: str, launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if fault:
         monkeypatch.setenv(VARIABLE, fault)
-    summary = launch(*flags, "--threads", 1, SCRIPT, "--", 0)
+    summary = launch(*flags, "--threads", 1, SCRIPT, "--", whose)
     assert (summary["rounds"], summary["dropped"]) == (ROUNDS, 0)
-    assert summary["weights_sha256"] == sha256(plain_loop(0))
+    assert summary["weights_sha256"] == sha256(plain_loop(whose))
 
 
-def test_a_run_goes_on_with_the_state_of_whole_tensors_on_another_number_of_servers(launch, tmp_path: Path) -> None:
-    launch("--workers", 1, "--servers", 1, "--threads", 1, "--rounds", 3, SCRIPT, "--", 0)
+@pytest.mark.parametrize("whose", ["own", pytest.param("torch", marks=pytest.mark.long)])
+def test_a_run_goes_on_with_the_state_of_whole_tensors_on_another_number_of_servers(whose: str, launch, tmp_path: Path) -> None:
+    launch("--workers", 1, "--servers", 1, "--threads", 1, "--rounds", 3, SCRIPT, "--", whose)
     command = [sys.executable, LAUNCH, "local", "--resume", tmp_path / "run", "--servers", "2", "--rounds", "1000"]
-    result = subprocess.run([*command, SCRIPT, "--", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, SCRIPT, "--", whose], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["rounds"] == ROUNDS and summary["weights_sha256"] == sha256(plain_loop(0))
+    assert summary["rounds"] == ROUNDS and summary["weights_sha256"] == sha256(plain_loop(whose))

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import torch
+from own_optimizers import Lion, TrustRatio
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -23,9 +24,16 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 24), nn.Tanh(), nn.Linear(24, WIDE), nn.Tanh(), nn.Linear(WIDE, CLASSES))
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
+def groups(model: nn.Module, whose: str) -> list[dict[str, Any]]:
+    """`whose`: the classes of torch, or the user's own."""
     first, second, last = (layer.weight for layer in model if isinstance(layer, nn.Linear))
     biases = [p for p in model.parameters() if p.ndim == 1]
+    if whose == "own":
+        return [
+            {"params": [first, second], "optimizer": Lion, "lr": 0.01},
+            {"params": biases},
+            {"params": [last], "optimizer": TrustRatio, "lr": 0.01, "momentum": 0.9},
+        ]
     return [
         {"params": [first, second], "optimizer": torch.optim.Muon, "lr": 0.05},
         {"params": biases},
@@ -33,12 +41,12 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def main(clip: str) -> None:
+def main(whose: str) -> None:
     import roundtable
 
     run = roundtable.join()
     model = run.replicate(network())
-    opt = run.optimizer(torch.optim.AdamW, groups(model), lr=0.01, clip_norm=float(clip) or None)
+    opt = run.optimizer(torch.optim.AdamW, groups(model, whose), lr=0.01)
     batches = run.batches(dataset(), micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH, epochs=1, shuffle=False)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)
     for inputs, labels in batches:

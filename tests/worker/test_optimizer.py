@@ -21,12 +21,12 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.optim.optimizer import (
     Hypers,
     Schedule,
-    check_sendable,
     check_shapes,
     example_optimizer,
     is_whole,
     make_optimizer,
     make_schedule,
+    name_of,
     parameter_groups,
     plain_settings,
 )
@@ -53,7 +53,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def check(cls: type[torch.optim.Optimizer], **hyper: Any) -> list[dict[str, Any]]:
     """What `Run.optimizer` does before it tells the servers: the checks, and the groups' settings."""
-    check_sendable(cls)
+    name_of(cls)
     example = example_optimizer(cls, parameter_groups(nn.Linear(2, 3), None), hyper)
     is_whole(cls, hyper)
     return plain_settings(example)
@@ -127,10 +127,29 @@ def test_groups_may_have_classes_of_their_own_with_their_own_arguments() -> None
     assert "must be a class" in refusal(lambda: example_optimizer(torch.optim.Adam, wrong, {}))
 
 
-def test_a_class_that_servers_do_not_have_is_refused_by_its_full_name_even_if_it_is_called_like_one_they_have() -> None:
-    assert "OnlyMine" in refusal(lambda: check(OnlyMine, lr=0.1)) and "local" in refusal(lambda: check(OnlyMine, lr=0.1))
+def test_a_class_of_the_users_own_is_sent_by_its_path() -> None:
+    assert name_of(OnlyMine) == f"{__name__}.OnlyMine" and name_of(torch.optim.AdamW) == "AdamW"
+
+
+def test_a_class_that_servers_cannot_import_is_refused_even_if_it_is_called_like_one_of_torchs() -> None:
     imposter = type("SGD", (torch.optim.SGD,), {})
-    assert "not a class of torch.optim" in refusal(lambda: check(imposter, lr=0.1))
+    in_script = type("Lion", (torch.optim.SGD,), {"__module__": "__main__"})
+    for cls in (imposter, in_script):
+        text = refusal(lambda cls=cls: check(cls, lr=0.1))  # type: ignore[misc]
+        assert "not a class of torch.optim, and servers cannot import it" in text and f"{cls.__name__.lower()}.py beside" in text
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps a list in its state."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["norms"] = [*self.state[p].get("norms", ()), float(p.grad.norm())]
+        super().step(closure)
+
+
+def test_a_class_whose_state_no_checkpoint_can_have_is_refused() -> None:
+    assert "it keeps a list in its state" in refusal(lambda: is_whole(Remembering, {"lr": 0.1}))
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Muon, torch.optim.Adafactor, OnlyMine], ids=lambda cls: cls.__name__)

@@ -5,6 +5,7 @@ The update itself runs on the servers with torch.optim's own class. Under polici
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -119,13 +120,21 @@ def plain(key: str, value: Any) -> Any:
     raise UsageError(f"the optimizer's {key} is a {type(value).__name__}; servers can only be sent plain numbers.")
 
 
-def check_sendable(cls: type[torch.optim.Optimizer]) -> None:
-    """Raise UsageError unless servers can find this class in torch.optim."""
-    if getattr(torch.optim, cls.__name__, None) is not cls:
+def name_of(cls: type[torch.optim.Optimizer]) -> str:
+    """Return the name by which servers find a class: that of a class of torch.optim, or the path of another one.
+
+    Raises UsageError if servers cannot import the class.
+    """
+    if getattr(torch.optim, cls.__name__, None) is cls:
+        return str(cls.__name__)
+    name, module = f"{cls.__module__}.{cls.__qualname__}", sys.modules.get(cls.__module__)
+    if cls.__module__ == "__main__" or getattr(module, cls.__qualname__, None) is not cls:
         raise UsageError(
-            f"{cls.__module__}.{cls.__qualname__} is not a class of torch.optim, and servers have only these; "
-            "policies local and average accept any optimizer, because it runs on the workers."
+            f"{name} is not a class of torch.optim, and servers cannot import it: define it in a module of its own, such as "
+            f"{cls.__name__.lower()}.py beside the script. Policies local and average accept any class, because it runs on the "
+            "workers."
         )
+    return name
 
 
 def is_whole(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> bool:
@@ -169,6 +178,9 @@ def _stepped(
         for tensor, gradient in zip(tensors, some, strict=True):
             tensor.grad = gradient.clone()
         optimizer.step()
+    values = [value for tensor in tensors for value in optimizer.state[tensor].values()]
+    if strange := [type(value).__name__ for value in values if not isinstance(value, torch.Tensor | int | float | None)]:
+        raise TypeError(f"it keeps a {strange[0]} in its state, and checkpoints have tensors and numbers only")
     return tensors
 
 

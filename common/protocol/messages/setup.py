@@ -18,7 +18,7 @@ from roundtable.common.protocol.shared_memory import Handle
 class Update(msgspec.Struct, frozen=True):
     """How servers turn a merged contribution into new weights."""
 
-    #: A class of torch.optim. None: the contribution replaces the weights.
+    #: A class of torch.optim, or the import path of another one. None: the contribution replaces the weights.
     optimizer: Name | None
     #: The arguments of each parameter group.
     groups: Many[Hypers]
