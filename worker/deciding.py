@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import torch
@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from roundtable.common.runtime.errors import UsageError, script_line
 from roundtable.worker.data.arguments import BatchArguments, resolve
-from roundtable.worker.session.collectives import Means
-from roundtable.worker.session.epoch_metrics import EpochMetrics
 from roundtable.worker.session.session import Session
+from roundtable.worker.together.collectives import Means
+from roundtable.worker.together.epoch_metrics import EpochMetrics
+from roundtable.worker.together.script_state import ScriptState
 
 
 class Deciding:
@@ -79,6 +80,51 @@ class Deciding:
         `run.metrics["loss"]` is the same number on every worker. Raises KeyError if nothing of that name was logged.
         """
         return self._session.metrics
+
+    # ---- going on
+
+    @property
+    def state(self) -> ScriptState:
+        """The script's own state by name, such as its best accuracy so far. It is there again after a resume.
+
+        Every script sets the same values, best between two loops over batches: `run.state["best"] = accuracy`. They belong to the
+        round in which they are set, and come back if the run is resumed from a later one. A worker that joins late gets them too.
+        A value is None, a number, a string, bytes, a tensor, or a list or dict of these; all have 1 MiB together at most.
+
+        Raises UsageError before `run.optimizer`, or for another value.
+        """
+        if self._session.state is None:
+            raise UsageError(f"{script_line()}: run.state needs an optimizer: call run.optimizer(...) before it.")
+        return self._session.state
+
+    def epochs(self, count: int | None = None) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left to do of `count` (by default the run's `--epochs`), from 0.
+
+        Each epoch has one loop over `run.batches`, which makes one pass over the data if it does not say otherwise. In a new run
+        these are all epochs. A script that resumes a run, or joins late, begins with the epoch whose loop has the newest round.
+        If that was the loop's last round, the loop yields nothing, and what follows in the epoch is done again. There are no
+        more epochs after `stop`, or when the run has its `--rounds`.
+
+        Raises UsageError before `run.optimizer`, or if an epoch had no loop or several.
+        """
+        segments = self._session.segments
+        if self._session.training is None:
+            raise UsageError(f"{script_line()}: run.epochs() needs an optimizer: call run.optimizer(...) before it.")
+        before = segments.begun
+        first = self._session.skip_loops() - before
+        for epoch in range(first, self._session.context.settings.epochs if count is None else count):
+            if self.stopped or segments.reached_limit:
+                return
+            segments.one_epoch_each = True
+            yield epoch
+            segments.one_epoch_each = False
+            if segments.begun != before + epoch + 1 and not self.stopped:
+                raise UsageError(
+                    f"{script_line()}: run.epochs() needs one loop over run.batches() in each epoch, and epoch {epoch} had "
+                    f"{segments.begun - before - epoch}."
+                )
+
+    # ---- the end
 
     def stop(self, reason: str) -> None:
         """Have the run end here, on all workers after the same round: early stopping.

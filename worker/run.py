@@ -149,6 +149,7 @@ class Run(Deciding):
         self._session.training = training
         if not training.setup.begins_later:
             training.work.join()
+        self._session.look_back()
         return optimizer
 
     # ---- training

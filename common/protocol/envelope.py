@@ -35,6 +35,7 @@ from roundtable.common.protocol.messages.replication import (
 )
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import (
+    AskPast,
     Collective,
     CollectiveOutcome,
     CollectiveParts,
@@ -42,8 +43,10 @@ from roundtable.common.protocol.messages.session import (
     Goodbye,
     Heartbeat,
     Hello,
+    KeepState,
     MembershipUpdate,
     MembersLost,
+    Past,
     Reassign,
     Refused,
     RequestWork,
@@ -73,6 +76,7 @@ Message = (
     | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck
     | RequestState | StateHeader | StatePart | StatePartAck
     | EndRun | HoldUpdates | UpdatesHeld | Collective | CollectiveParts | CollectiveOutcome
+    | KeepState | AskPast | Past
     | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 #: Largest size of a Hello, in bytes.

@@ -21,7 +21,17 @@ from roundtable.common.protocol.flow_limits import Inflow, Standing
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, RoundReady, UpdatesHeld
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed
-from roundtable.common.protocol.messages.session import Collective, EndRun, Goodbye, Heartbeat, Reassign, RequestWork, Stop
+from roundtable.common.protocol.messages.session import (
+    AskPast,
+    Collective,
+    EndRun,
+    Goodbye,
+    Heartbeat,
+    KeepState,
+    Reassign,
+    RequestWork,
+    Stop,
+)
 from roundtable.common.protocol.messages.setup import Plan, Setup
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.transport import HEARTBEAT_S, ForeignRun, Frames, receive
@@ -297,6 +307,8 @@ class Coordinator:
             Recomputed: self.model.recomputed,
             EndRun: self.early_end.request,
             Collective: self.collectives.at,
+            AskPast: self.planning.past,
+            KeepState: self.planning.keep_state,
             Goodbye: self.departures.goodbye,
         }
         return {"server": servers, "worker": workers}

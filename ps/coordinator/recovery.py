@@ -128,6 +128,8 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
         yield "plan", str(segment.index), segment
     if ledger.run_end is not None:
         yield "end", "", ledger.run_end
+    for round_, value in ledger.states.items():
+        yield "script", str(round_), value
     for name, saved in ledger.saved.items():
         yield "saved", name, saved
     for about, told in ledger.facts.items():
@@ -170,7 +172,7 @@ def restore(path: Path, upto: int | None = None, has_finished: bool = False) -> 
                 head = restored.head
                 restored.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
                 db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
-                db.execute("DELETE FROM state WHERE kind NOT IN ('planned', 'end', 'saved')")
+                db.execute("DELETE FROM state WHERE kind NOT IN ('planned', 'end', 'saved', 'script')")
                 db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(restored.head),))
                 restored.members, restored.tables = {}, []
             db.execute("COMMIT")
@@ -190,6 +192,7 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
         db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
     db.execute("DELETE FROM status")  # other processes get the names from now on
     db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'dropped')")
+    db.execute("DELETE FROM state WHERE kind = 'script' AND CAST(key AS INTEGER) >= ?", (upto,))
     db.execute("DELETE FROM events WHERE kind = 'stopped'")
     data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
     db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
@@ -209,9 +212,10 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     ledger.facts = state("told", FirstFacts)
     plans = state("plan", Segment)
     # since the restart no worker may have sent the plans of rounds before `head.resume` again
-    ledger.segments = _in_order({**state("planned", Segment), **plans})
+    ledger.segments = ledger.earlier = _in_order({**state("planned", Segment), **plans})
     ledger.run_end = state("end", RunEnd).get("")
     ledger.saved = state("saved", SavedModel)
+    ledger.states = {int(round_): value for round_, value in state("script", bytes).items()}
     ledger.outcomes = state("outcome", CollectiveOutcome)
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]

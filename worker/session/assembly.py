@@ -32,8 +32,8 @@ from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.router import MessageRouter
-from roundtable.worker.session.epoch_metrics import EpochMetrics
 from roundtable.worker.session.training import Training
+from roundtable.worker.together.epoch_metrics import EpochMetrics
 
 
 class Assembly:

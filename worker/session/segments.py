@@ -43,6 +43,8 @@ class Segments:
         self._all: list[Segment] = []
         #: The segment that was planned last, which may not have begun.
         self.planned: Segment | None = None
+        #: Whether a loop makes one pass over the data if the script does not say how many.
+        self.one_epoch_each = False
         #: Loading processes for the next loop over the same batches.
         self._kept: Processes | None = None
         #: The data set for which the coordinator has facts of samples.
@@ -57,6 +59,12 @@ class Segments:
     def begun(self) -> int:
         """The number of segments that have begun."""
         return len(self._all)
+
+    @property
+    def reached_limit(self) -> bool:
+        """Whether the segments that have begun have all rounds that the run may have."""
+        limit = self._context.settings.rounds
+        return limit is not None and bool(self._all) and self._all[-1].end >= limit
 
     @property
     def done(self) -> bool:
@@ -111,7 +119,7 @@ class Segments:
             samples=samples,
             global_batch=whole,
             micro_batch=micro,
-            epochs=data.epochs or settings.epochs,
+            epochs=data.epochs or (1 if self.one_epoch_each else settings.epochs),
             round_limit=settings.rounds,
             min_micro_batch=least,
         )
@@ -133,17 +141,25 @@ class Segments:
                 f"the previous run.batches() loop stopped at round {self.round} of {self._all[-1].end}: finish it before "
                 "starting another."
             )
-        self._all.append(segment)
-        self.planned = segment
-        plan = Plan(segment, facts=self._facts_of(segment, data, schedule))
-        for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
-            ready = self._context.request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
-            if name == COORDINATOR and isinstance(ready, PlanReply):
-                plan = Plan(segment, ready.seal)
+        self._agree(segment, self._facts_of(segment, data, schedule))
         seed, forecast = self._context.settings.seed, lambda: self._forecast(segment)
         is_over = self._is_over or self.round >= segment.end  # for a late worker, or after the run's early end
         processes = None if is_over else self._processes_for(data, device)
         return Loader(data, segment, seed, forecast=forecast, processes=processes, device=device)
+
+    def adopt(self, segment: Segment) -> None:
+        """Count a segment that is done as one that this script has begun. Raises UsageError if other workers have another."""
+        self._agree(segment, [])
+
+    def _agree(self, segment: Segment, facts: list[Fact]) -> None:
+        """Tell the coordinator and all servers of the next segment, and wait until they know it."""
+        self._all.append(segment)
+        self.planned = segment
+        plan = Plan(segment, facts=facts)
+        for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
+            ready = self._context.request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
+            if name == COORDINATOR and isinstance(ready, PlanReply):
+                plan = Plan(segment, ready.seal)
 
     def close(self) -> None:
         """End the loading processes that were kept."""

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
@@ -14,14 +15,15 @@ import torch
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, number_of
-from roundtable.common.protocol.messages.session import EndRun, Goodbye, Heartbeat
+from roundtable.common.protocol.messages.session import AskPast, EndRun, Goodbye, Heartbeat, KeepState, Past
+from roundtable.common.protocol.messages.setup import Request
 from roundtable.common.runtime.errors import Stopped, UsageError
 from roundtable.common.runtime.failpoints import arm
 from roundtable.common.runtime.watchdog import Watchdog
-from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.context import WorkerContext, is_accepted
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
-from roundtable.worker.data.loader import seed_everything
+from roundtable.worker.data.loader import Loader, seed_everything
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop, MergeHooks
@@ -30,12 +32,13 @@ from roundtable.worker.optim.optimizer import silence_scheduler_warnings
 from roundtable.worker.reports import ReportQueue
 from roundtable.worker.router import MessageRouter
 from roundtable.worker.session.assembly import Assembly
-from roundtable.worker.session.collectives import Collectives
 from roundtable.worker.session.ending import Ending
-from roundtable.worker.session.epoch_metrics import EpochMetrics
 from roundtable.worker.session.final_tensors import FinalTensors
 from roundtable.worker.session.segments import Segments
 from roundtable.worker.session.training import Training
+from roundtable.worker.together.collectives import Collectives
+from roundtable.worker.together.epoch_metrics import EpochMetrics
+from roundtable.worker.together.script_state import ScriptState
 
 
 class Session:
@@ -67,6 +70,11 @@ class Session:
         self.final_tensors = FinalTensors()
         #: None before the script has asked for the key-value client.
         self.kv: KvClient | None = None
+        #: What lies behind the script, and how often it has changed its state.
+        self._past: Past = Past(0)
+        self._states = 0
+        #: The script's own state; None before the script has made its optimizer.
+        self.state: ScriptState | None = None
         #: Whether the script was interrupted.
         self.interrupted = False
         #: Why the script failed; '' if it did not.
@@ -133,6 +141,35 @@ class Session:
             answer = self.context.request(COORDINATOR, request, lambda b: isinstance(b, Heartbeat) and b.ends_after >= 0)
             assert isinstance(answer, Heartbeat)
             self.departure.run_ends(answer.ends_after)
+
+    # ---- going on
+
+    def look_back(self) -> None:
+        """Ask what lies behind the script, if the run has rounds that this worker has not seen."""
+        if self.round:
+            answer = self.context.request(
+                COORDINATOR, AskPast(self.round), lambda b: isinstance(b, Past) and b.round == self.round
+            )
+            assert isinstance(answer, Past)
+            self._past = answer
+        self.state = ScriptState(self._past.state, self._keep_state)
+
+    def skip_loops(self) -> int:
+        """Count the loops over batches that lie behind the script as begun. Return the number of loops that have begun."""
+        training = self.training
+        if self.segments.none and training is not None and self._past.segments:
+            training.begin()
+            for segment in self._past.segments:
+                self.segments.adopt(segment)
+                if list(training.work.batches(segment, cast(Loader, None))):
+                    raise AssertionError(f"segment {segment.index} is not done")
+        return self.segments.begun
+
+    def _keep_state(self, value: bytes) -> None:
+        if self.tasks.is_chief:
+            self._states += 1
+            kept = KeepState(self._states, self.round, value)
+            self.context.request(COORDINATOR, kept, is_accepted(Request.STATE, self._states))
 
     # ---- signs of life
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Many, Name, Text
 from roundtable.common.config.settings import Settings
 from roundtable.common.config.work_shares import ShareTable
@@ -210,6 +211,8 @@ class EndRun(Body, frozen=True):
         msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))
 
 
+#: Bytes of a script's state, at most.
+MOST_STATE_BYTES = 1 << 20
 #: The names under which a script may save its model. That of the trained model is not among them.
 MODEL_NAME = r"^((?!model$)[A-Za-z0-9][A-Za-z0-9_-]*)?$"
 #: Parts that a worker gets, or has done, at a time.
@@ -264,6 +267,28 @@ class CollectiveOutcome(Body, frozen=True):
     value: Annotated[bytes, msgspec.Meta(max_length=1 << 16)] = b""
     #: Of an evaluation: the weighted mean of each metric.
     means: ByName[float] = {}
+
+
+class KeepState(Body, frozen=True):
+    """Keep this as my script's state after `round` rounds. The coordinator answers with Accepted, with the same `id`."""
+
+    id: Count
+    round: Count
+    value: Annotated[bytes, msgspec.Meta(max_length=MOST_STATE_BYTES)]
+
+
+class AskPast(Body, frozen=True):
+    """My model has `round` rounds. Which loops over batches lie behind my script, and what was its state before that round?"""
+
+    round: Count
+
+
+class Past(Body, frozen=True):
+    """The loops that ended before `round`, and the newest state that was kept before it: empty if none was."""
+
+    round: Count
+    segments: Many[Segment] = []
+    state: Annotated[bytes, msgspec.Meta(max_length=MOST_STATE_BYTES)] = b""
 
 
 class Goodbye(Body, frozen=True):

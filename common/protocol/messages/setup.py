@@ -92,6 +92,7 @@ class Request(enum.Enum):
     INITIAL_ROWS = "initial rows"
     METRICS = "metrics"
     RECOMPUTED = "recomputed"
+    STATE = "state"
 
 
 class Accepted(Body, frozen=True):

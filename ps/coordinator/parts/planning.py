@@ -8,8 +8,8 @@ import msgspec
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.session import Refused
-from roundtable.common.protocol.messages.setup import Plan, PlanReply, Setup, SetupReply
+from roundtable.common.protocol.messages.session import AskPast, KeepState, Refused
+from roundtable.common.protocol.messages.setup import Accepted, Plan, PlanReply, Request, Setup, SetupReply
 from roundtable.common.protocol.tickets import seal
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import Event
@@ -62,6 +62,16 @@ class Planning:
         if context.ledger.planned > self._planned:
             self._note_plan(plan.segment, message.now)
         self._planned = context.ledger.planned  # fewer once a script has asked for the run's end
+
+    def past(self, message: Received[AskPast]) -> None:
+        """Tell a worker which loops over batches lie behind its script."""
+        self._context.mail.reply(message.route, self._context.ledger.past(message.body.round))
+
+    def keep_state(self, message: Received[KeepState]) -> None:
+        """Keep the state of the scripts. All scripts have the same, so the newest counts."""
+        body = message.body
+        self._context.ledger.states[body.round] = body.value
+        self._context.journal.promise(message.route, Accepted(Request.STATE, body.id), urgent=True)
 
     def _note_plan(self, segment: Segment, now: float) -> None:
         context = self._context

@@ -29,7 +29,7 @@ from roundtable.common.protocol.messages.commit import (
     Report,
     ReportAck,
 )
-from roundtable.common.protocol.messages.session import CollectiveOutcome, Refused
+from roundtable.common.protocol.messages.session import CollectiveOutcome, Past, Refused
 from roundtable.common.protocol.messages.setup import PlanReply, Setup, SetupReply
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps import differences
@@ -107,6 +107,10 @@ class Ledger:
         self.segments: list[Segment] = []
         #: The end that a script has asked for; None if none has.
         self.run_end: RunEnd | None = None
+        #: The plans of the run before it was resumed.
+        self.earlier: list[Segment] = []
+        #: By round: the state of the scripts, in their own encoding.
+        self.states: dict[int, bytes] = {}
         #: The models that scripts have saved, by name.
         self.saved: dict[str, SavedModel] = {}
         #: Outcomes of collectives, by their place in the script.
@@ -141,6 +145,13 @@ class Ledger:
         self.contributors = set()
 
     # ---- the model and the plans
+
+    def past(self, round_: int) -> Past:
+        """Return the segments that ended before a round, and the newest state of the scripts from before it."""
+        known = {segment.index: segment for segment in [*self.earlier, *self.segments]}
+        states = [kept for kept in self.states if kept < round_]
+        ended = [known[index] for index in sorted(known) if known[index].end < round_]
+        return Past(round_, ended, self.states[max(states)] if states else b"")
 
     def set_up(self, setup: Setup, who: str = "") -> Body:
         """Take the first worker's model, or compare a worker's model with the known one. Return the answer.

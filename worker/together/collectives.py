@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -26,7 +26,6 @@ from roundtable.worker.data.devices import move
 from roundtable.worker.data.loader import samples_of, seed_everything
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.router import MessageRouter
-from roundtable.worker.session.segments import Segments
 
 #: Bytes of a value that workers agree on, at most.
 _MOST_BYTES = 1 << 16
@@ -36,10 +35,26 @@ _Answer = CollectiveParts | CollectiveOutcome
 Means = Mapping[str, Any] | tuple[Mapping[str, Any], float]
 
 
+class Loops(Protocol):
+    """The loops over batches that a script has begun."""
+
+    @property
+    def begun(self) -> int:
+        """How many there are."""
+
+    @property
+    def done(self) -> bool:
+        """Whether none is under way."""
+
+    @property
+    def round(self) -> int:
+        """The round of the model's weights."""
+
+
 class Collectives:
     """This worker's part in the collectives of a run."""
 
-    def __init__(self, context: WorkerContext, router: MessageRouter, tasks: TaskQueue, segments: Segments) -> None:
+    def __init__(self, context: WorkerContext, router: MessageRouter, tasks: TaskQueue, segments: Loops) -> None:
         self._context, self._tasks, self._segments = context, tasks, segments
         #: The place of the next collective in the script: loops begun, and collectives since then.
         self._place = (0, 0)
