@@ -34,7 +34,6 @@ from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
 from roundtable.ps.shard.shard import Shard, ShardParts, contribution
-from roundtable.ps.updates.settings_of_round import OpenSettings
 
 #: At most this many workers have weight buffers in shared memory. Other workers get weights through sockets.
 _PAIRS = 64
@@ -70,7 +69,6 @@ class AsyncShard(Shard):
         self._typical = TypicalWeight()
         #: By open round and micro-batch: the terms on which the contribution is applied.
         self._terms: dict[tuple[int, int], Terms] = {}
-        self._settled = OpenSettings(model.setup.update)
         #: On server 0, by open round and micro-batch: the contribution's row in the ledger.
         self._ahead: dict[tuple[int, int], Contribution] = {}
         #: By chunk: a copy of the current weights, until the next update.
@@ -227,7 +225,6 @@ class AsyncShard(Shard):
         key = push.round, push.lo
         self._reached = max(self._reached, push.round)
         applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
-        self._settled.take(push.round, sender, push.hypers)
         if key not in self._terms:
             terms = self._course.take(push.round, push.base_version, push.hypers, self._plans.segments, is_new=not applied)
             whole = self._typical.of_round(push.total_weight, push.samples, plan.samples)
@@ -278,7 +275,6 @@ class AsyncShard(Shard):
                 whole = len(chunks) == len(self.model.ids)
                 self._reports.dropped.append(row if whole else msgspec.structs.replace(row, outcome="dropped in part"))
             self._applied.pop(self._slowest, None)
-            self._settled.close(self._slowest)
             self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
             self._terms = {key: terms for key, terms in self._terms.items() if key[0] > self._slowest}
             self._slowest += 1

@@ -13,24 +13,6 @@ from roundtable.ps.params.planned_rates import of_group
 Sent = tuple[str, Sequence[Mapping[str, Any]]]
 
 
-class OpenSettings:
-    """The settings that workers have sent for the open rounds."""
-
-    def __init__(self, update: Update) -> None:
-        self._update = update
-        self._first: dict[int, Sent] = {}
-
-    def take(self, round_: int, sender: str, hypers: Sequence[Mapping[str, Any]]) -> None:
-        """Take the settings of a push. Raises UsageError if another push to the round had others."""
-        first = self._first.setdefault(round_, (sender, hypers))
-        if first[1] != hypers:
-            check_same(round_, self._update, first, (sender, hypers))
-
-    def close(self, round_: int) -> None:
-        """Forget a round."""
-        self._first.pop(round_, None)
-
-
 def check_same(round_: int, update: Update, one: Sent, other: Sent) -> None:
     """Raise UsageError if two workers have sent different settings for a round.
 

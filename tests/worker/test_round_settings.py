@@ -197,6 +197,8 @@ def test_work_of_an_earlier_round_is_done_with_its_settings() -> None:
     assert rates == [0.1, 0.05, 0.025, 0.0125]
     assert worker.compute(1, 1).hypers[0]["lr"] == 0.05
     assert worker.compute(4, 1).hypers[0]["lr"] == 0.1 / 16
+    late = Worker(Server(), lambda o: lr_scheduler.ExponentialLR(o, 0.5))
+    assert [late.compute(t, 2).hypers[0]["lr"] for t in (3, 1, 4, 2, 5)] == [0.1 / 2**t for t in (3, 1, 4, 2, 5)]
 
 
 def test_pushes_that_begin_before_the_step_have_the_settings_of_the_step() -> None:

@@ -54,6 +54,8 @@ class RoundSettings:
         self._at = 0
         #: By round: groups and schedulers at its start, if this worker has computed some of it.
         self._starts: dict[int, tuple[_Values, list[State]]] = {}
+        #: The round that this worker could have begun with, and groups and schedulers at its start.
+        self._first_start: tuple[int, tuple[_Values, list[State]]] | None = None
         #: By round: the settings and schedulers at its step.
         self._used: dict[int, tuple[_Values, Schedules | None]] = {}
         #: By loop of the script: the steps that its body makes after `opt.step()`, by outermost scheduler.
@@ -79,14 +81,18 @@ class RoundSettings:
         """
         self._end_body()
         self.rehearses = False
+        if self._first_start is None:
+            self._first_start = self._at, self._now()
         if round_ not in self._starts:
+            if round_ < self._at:
+                self._go_back()
             if not self._catch_up(round_):
                 self.rehearses = True
                 self._starts[round_] = self._now()
                 return False
             self._starts[round_] = self._now()
-            for old in [known for known in self._starts if known <= round_ - _KEPT]:
-                del self._starts[old]
+            if len(self._starts) > _KEPT:
+                del self._starts[min(self._starts)]
         elif self._at != round_:
             self._put(*self._starts[round_])
         self._at = round_ + 1
@@ -119,8 +125,8 @@ class RoundSettings:
         self._note_changes(values)
         steps = self._steps_after.get(self._loop, [])
         self._used[round_] = values, Schedules(json.dumps(self.schedulers.state()), steps) if self.schedulers else None
-        for old in [known for known in self._used if known <= round_ - _KEPT]:
-            del self._used[old]
+        if len(self._used) > _KEPT:
+            del self._used[min(self._used)]
 
     def leave(self, segment: Segment, round_: int) -> None:
         """Note that the script leaves the loop of `segment`, whose end may be long past, with the weights of `round_`."""
@@ -140,6 +146,13 @@ class RoundSettings:
         if self.rehearses:
             self.rehearses = False
             self._put(*self._starts.popitem()[1])
+
+    def _go_back(self) -> None:
+        """Go back to the first start that is known, for work of an earlier round. Under `ssp` and `async` there is such work."""
+        assert self._first_start is not None
+        self._starts.setdefault(self._at, self._now())
+        self._at = self._first_start[0]
+        self._put(*self._first_start[1])
 
     def _catch_up(self, round_: int, guess: bool = False) -> bool:
         """Go to the start of `round_`, though the rounds before it were computed elsewhere. Return False if the way is not known.
@@ -246,9 +259,11 @@ class RoundSettings:
             first.update(given)
 
     def _now(self) -> tuple[_Values, list[State]]:
-        return [
-            {key: group[key] for key in first} for group, first in zip(self.groups, self._first, strict=True)
-        ], self.schedulers.state()
+        """Return the settings and the schedulers as they are."""
+        if not self.schedulers and self._is_usual():
+            return self._first, []
+        values = [{key: group[key] for key in first} for group, first in zip(self.groups, self._first, strict=True)]
+        return values, self.schedulers.state()
 
     def _put(self, values: _Values, state: list[State]) -> None:
         for group, given in zip(self.groups, values, strict=True):
