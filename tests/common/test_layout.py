@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roundtable.common.model.layout import CHUNK_BYTES, Layout, make_layout, message_batches
+from roundtable.common.model.layout import CHUNK_BYTES, Layout, make_layout, message_batches, together
 from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.model_spec import Rule, TensorSpec
 from roundtable.common.runtime.errors import UsageError
@@ -23,7 +23,10 @@ params = st.tuples(shapes, st.sampled_from(["float32", "float64", "bfloat16", "f
 merged = st.tuples(shapes, st.sampled_from(sorted(BYTES)), st.just(-1), st.just("max"))
 as_bytes = st.tuples(shapes, st.sampled_from(["complex128", "int16", "float8_e5m2", *BYTES]), st.just(-1), st.just("last"))
 buffers = merged | as_bytes
-models = st.lists(params | buffers, max_size=12).map(lambda items: [TensorSpec(f"t{n}", *item) for n, item in enumerate(items)])
+#: Parameters of group 2 are updated whole.
+models = st.lists(params | buffers, max_size=12).map(
+    lambda items: [TensorSpec(f"t{n}", *item, whole=item[2] == 2) for n, item in enumerate(items)]
+)
 chunk_sizes = st.sampled_from([64, 1000, 64 << 10])
 
 
@@ -42,6 +45,23 @@ def test_every_element_is_in_exactly_one_piece(tensors: list[TensorSpec], server
             for at in range(piece.start, piece.start + piece.length):
                 found[piece.tensor][at] += 1
     assert all(times == 1 for spec in found for times in spec)
+
+
+@given(models, st.integers(1, 5), chunk_sizes)
+def test_a_tensor_that_is_updated_whole_is_on_one_server_and_alone_in_its_chunks(
+    tensors: list[TensorSpec], servers: int, size: int
+) -> None:
+    layout = layout_of(tensors, servers, size)
+    for some in together(layout.chunks):
+        assert len({chunk.server for chunk in some}) == 1
+        if some[0].whole:
+            assert {piece.tensor for chunk in some for piece in chunk.pieces} == {some[0].pieces[0].tensor}
+            assert sum(chunk.numel for chunk in some) == tensors[some[0].pieces[0].tensor].numel
+        else:
+            assert len(some) == 1
+    assert {p.tensor for c in layout.chunks if c.whole for p in c.pieces} == {
+        n for n, t in enumerate(tensors) if t.whole and t.numel
+    }
 
 
 @given(models, st.integers(1, 5), chunk_sizes)
@@ -116,6 +136,7 @@ def test_the_cuts_do_not_depend_on_the_number_of_servers(tensors: list[TensorSpe
 
 @given(models, st.integers(1, 5), chunk_sizes)
 def test_chunks_lie_on_the_least_loaded_server_largest_first(tensors: list[TensorSpec], servers: int, size: int) -> None:
+    tensors = [msgspec.structs.replace(spec, whole=False) for spec in tensors]  # those that are updated whole need more room
     layout = layout_of(tensors, servers, size)
     load = dict.fromkeys(range(servers), 0)
     for chunk in sorted(layout.chunks, key=lambda c: -c.sum_bytes):
