@@ -93,6 +93,7 @@ def test_workers_that_join_and_do_harm_change_no_bit(tmp_path: Path, quiet: dict
     assert "\x1b" not in shown and "\x07" not in shown
 
 
+@pytest.mark.long
 def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--epochs", 1000, "--heartbeat-timeout", 4)

@@ -129,6 +129,7 @@ def test_a_killed_server_is_started_again_and_when_that_is_too_often_fails_its_w
     second.leaves_nothing(set())
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_is_killed_by_the_worker_that_started_it_and_another_takes_its_place(
     start: Start, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_agai
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_wait_for_a_slow_first_one_for_longer_than_the_timeout_and_say_so(start: Start, tmp_path: Path) -> None:
     slow = "import time\n" + ENDLESS.replace("epochs=10**6", "epochs=1").replace(
         "for number,", "time.sleep(13 * run.is_chief)\nfor number,"

@@ -63,6 +63,7 @@ def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: S
     assert run.is_exact()
 
 
+@pytest.mark.long
 def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_life(cluster: Start) -> None:
     slow = {VARIABLE: "server-0:saved:0:sleep"}
     run = cluster("--servers", 2, "--checkpoint-every", 0.1, "--heartbeat-timeout", 2, ROWS, env=slow)
@@ -71,6 +72,7 @@ def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_li
     assert not run.events("lost") and not run.events("restarted")
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_while_it_hands_in_the_model_does_so_again(cluster: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING, "--replicas", 1, env={VARIABLE: "server-1:uploading:0:kill"})
     assert run.summary()["weights_sha256"] == undisturbed
@@ -100,6 +102,7 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_with_the_same_bits(
     assert run.is_exact()
 
 
+@pytest.mark.long
 def test_all_that_are_started_again_when_the_run_has_finished_are_told_so_and_end(tmp_path: Path) -> None:
     folder, hashes = tmp_path / "run", set()
     for number in range(2):
@@ -151,6 +154,7 @@ def test_a_run_that_was_to_end_early_goes_on_and_its_checkpoints_hold_its_model(
     assert launch("checkpoint", "export", folder, "--round", 1, "--out", out)[0] == 2
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_version_is_refused_until_that_is_accepted_and_then_told_of(
     cluster: Start, resumed: Start, tmp_path: Path
 ) -> None:

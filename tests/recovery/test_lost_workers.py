@@ -37,6 +37,7 @@ def check_same(run: Cluster, expected: str) -> None:
     assert run.is_exact()
 
 
+@pytest.mark.long
 def test_with_all_workers_killed_others_are_started_and_go_on(cluster: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING)
     run.until(lambda: run.rounds() > 10, "training")
@@ -47,6 +48,7 @@ def test_with_all_workers_killed_others_are_started_and_go_on(cluster: Start, un
     assert sorted(names(run, "left")) == ["worker-2", "worker-3"]
 
 
+@pytest.mark.long
 def test_a_stopped_worker_is_lost_and_joins_as_another_when_it_wakes(cluster: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING, "--heartbeat-timeout", 1.5)
     run.until(lambda: run.rounds() > 10, "training")

@@ -57,7 +57,10 @@ for number, (x, y) in enumerate(run.batches(data, micro_batch=16, global_batch=6
 """
 
 
-@pytest.mark.parametrize("name", ["the first worker's script ends early", "a server killed while a worker evaluates"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("the first worker's script ends early", marks=pytest.mark.long), "a server killed while a worker evaluates"],
+)
 def test_a_run_to_whose_end_that_happens_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
     outcome = measure(rows(1.0, tmp_path)[name], undisturbed, tmp_path / "run")
     assert (outcome.problem, outcome.same, outcome.exact) == ("", True, True)

@@ -93,6 +93,7 @@ def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_che
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
+@pytest.mark.long
 def test_workers_and_servers_that_are_told_at_once_leave_a_run_that_goes_on_with_others(undisturbed: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with Processes(tmp_path / "logs", os.environ) as processes:

@@ -47,6 +47,7 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_blocks_about_streams_run(tmp_path: Path) -> None:
     section = PAGE.read_text(encoding="utf-8").partition("\n## Streams\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"(<!-- needs (\w+) -->\n)?```python\n(.*?)```", section, re.S)

@@ -72,7 +72,9 @@ def test_a_resumed_script_begins_where_it_was(rounds: int, launch, tmp_path: Pat
     found = [json.loads(path.read_text()) for path in tmp_path.glob("worker-*.json")]
     assert [one["done"] for one in found].count(done[2:]) >= 2  # the epoch whose loop has the newest round is the first
     for one in found:
-        assert {name: one[name] for name in state} == state and one["done"] == done[-len(one["done"]) :]
+        assert {name: one[name] for name in state} == state
+        rates = [(epoch, rate) for epoch, _, rate in one["done"]]  # a worker that comes late may pass a loop with newer weights
+        assert rates == [(epoch, rate) for epoch, _, rate in done[-len(rates) :]]
 
 
 @pytest.mark.slow

@@ -113,9 +113,17 @@ def test_evaluations_have_the_same_bits_on_any_cluster(
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("run.agree(object())", "train.py line 8: run.agree() takes None, numbers, strings"),
-        ("run.save('model')", "train.py line 8: run.save() takes a name of letters, digits, - and _, other than 'model'"),
-        ("run.evaluate(lambda batch: 1.0, data)", "the function of run.evaluate() must return a dict of numbers"),
+        pytest.param("run.agree(object())", "train.py line 8: run.agree() takes None, numbers, strings", marks=pytest.mark.long),
+        pytest.param(
+            "run.save('model')",
+            "train.py line 8: run.save() takes a name of letters, digits, - and _, other than 'model'",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "run.evaluate(lambda batch: 1.0, data)",
+            "the function of run.evaluate() must return a dict of numbers",
+            marks=pytest.mark.long,
+        ),
         ("[run.agree(1) for _ in run.batches(data, epochs=1)]", "train.py line 8: run.agree() was called inside a loop"),
     ],
 )
