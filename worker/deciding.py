@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from roundtable.worker.session.session import Session
 from roundtable.worker.together.collectives import Means
 from roundtable.worker.together.epoch_metrics import EpochMetrics
 from roundtable.worker.together.script_state import ScriptState
+
+F = TypeVar("F", bound=Callable[[], object])
 
 
 class Deciding:
@@ -80,6 +82,35 @@ class Deciding:
         `run.metrics["loss"]` is the same number on every worker. Raises KeyError if nothing of that name was logged.
         """
         return self._session.metrics
+
+    # ---- once a round
+
+    def on_round(self, function: F) -> F:
+        """Call `function()` at the end of each round, once for a round however many micro-batches this worker computes.
+
+        It is called on the script's thread between two batches: before the loop over `batches` yields the first batch of the next
+        round, and before the loop ends. The model then has all weights and buffers of the round's end. Under `sync` and `backup`
+        these are the same on all workers. `round` is the number of rounds that they include: 1 at the first call. Several
+        functions are called in the order in which they were registered. Returns `function`, so this may be a decorator.
+
+        A worker that takes part from the start and keeps up is called for every round, in order. A worker that joins later, or
+        goes on from a checkpoint, is called from the first round on that ends after it has got its weights. Servers keep the
+        weights of the newest rounds only. A worker that is further behind misses some rounds, `round` jumps, and a warning says
+        so. The last round of the run is never missed.
+
+        Under `ssp` and `async`, a round ends for each worker when it goes on, and models differ. Under `local` and `average`, a
+        round is an own step of the worker. If a merge follows, the model is the merged one.
+
+        The function may call `log` and `stop`, and set numbers in `param_groups`. If all workers call `stop` in the same round,
+        the run ends with just that round; under `local` and `average`, with the merge. Gradients that it leaves are dropped,
+        and buffers are reset. Raises UsageError before `optimizer`. The loop raises it, and names the function, if a parameter
+        was changed: `replicate` says which changes are allowed.
+        """
+        work = self._session.work
+        if work is None:
+            raise UsageError(f"{script_line()}: run.on_round() needs an optimizer: call run.optimizer(...) before it.")
+        work.hooks.add(function, work.round)
+        return function
 
     # ---- going on
 

@@ -145,6 +145,10 @@ class Pace:
     ends_before_step: bool = False
     #: True if the script then leaves its loop by itself.
     then_breaks: bool = False
+    #: The longest time that the script's function for the end of a round takes. -1: there is none.
+    on_round_s: float = -1.0
+    #: The `run.round` at which that function asks for the run's end.
+    hook_ends_round: float = float("inf")
     #: How long after a worker's death another one without faults takes its place.
     restart_s: float = float("inf")
 
@@ -979,6 +983,10 @@ class WorkerProcess(Process):
         self.done = self.breaks = False
         #: What the script got when workers decided together.
         self.decided: list[Any] = []
+        #: `run.round` and the weights at each call of the script's function for the end of a round.
+        self.ended: list[tuple[int, dict[str, torch.Tensor]]] = []
+        #: The round with whose weights this worker began.
+        self.began = 0
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self.script = ScriptThread(self._live)
@@ -1189,6 +1197,9 @@ class WorkerProcess(Process):
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model, Model.RULES)
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
+        if self.pace.on_round_s >= 0:
+            run.on_round(lambda: self._on_round(run))
+        self.began = run.round
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
                 assert not self.session.departure.is_end(self.session.work.updates)  # type: ignore[union-attr]
@@ -1212,6 +1223,14 @@ class WorkerProcess(Process):
                     self._sleep(self.pace.pause_s * self.world.random.random())
             if case.decides:
                 self._decide(run)
+
+    def _on_round(self, run: Run) -> None:
+        """Keep the weights, as they are after some time."""
+        if self.pace.on_round_s:
+            self._sleep(self.pace.on_round_s * self.world.random.random())
+        self.ended.append((run.round, state(self.model)))
+        if run.round >= self.pace.hook_ends_round:
+            run.stop(f"{self.key} has seen enough")
 
     def _decide(self, run: Run) -> None:
         """Agree on a value, and evaluate on more batches than there are workers."""

@@ -10,6 +10,7 @@ from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.protocol.messages.session import Reassign
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.script_batch import RoundHooks
 from roundtable.worker.loop.task_queue import TaskQueue
 
 
@@ -36,6 +37,7 @@ def test_what_was_kept_is_pushed_though_the_rest_is_taken_over_between_two_looks
     loop.round, loop._per_round, loop._tasks, loop._departure = 0, True, tasks, Departure()
     loop._contributor = Mock()
     loop._weights = Mock(round_invalid=False)
+    loop.hooks = RoundHooks()
     loop._context = SimpleNamespace(io=SimpleNamespace(lock=Lock(lambda: tasks.reassigned(taken_over))))  # type: ignore[assignment]
     segment = SimpleNamespace(end=1)
     loop._advance(segment)  # type: ignore[arg-type]

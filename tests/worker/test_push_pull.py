@@ -293,6 +293,24 @@ def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_befor
     assert isinstance(ask.body, Pull) and ask.body.held_version == 0
 
 
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_a_worker_asks_whether_servers_still_have_its_weights_without_getting_them_again(codec: str) -> None:
+    worker = Worker(compress_weights=codec)
+    pulled(worker, 3, to_frame(torch.ones(NUMEL)), coded=False)
+    taken(worker)
+    (ask,) = worker.client.ask_for(3, 0.0)
+    assert isinstance(ask.body, Pull) and ask.body.have_chunks == [0, 1] and not ask.body.shared
+    assert not worker.client.complete and not worker.client.gone
+    worker.client.handle("server-0", Weights(3, 3, [], True), [])
+    assert worker.client.complete and worker.client.take()[0] == {}
+    worker.client.ask_for(3, 0.0)
+    worker.client.handle("server-0", VersionExpired(3, 6), ())
+    assert worker.client.gone and not worker.client.complete
+    (ask,) = worker.client.pull(4, False, 0.0)  # it holds round 3 still, and changes of it may come
+    assert isinstance(ask.body, Pull) and ask.body.held_version == 3
+    assert ask.body.have_chunks == []
+
+
 def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
     with pytest.raises(WireError, match="chunk 0 is not one that is compressed"):
         pulled(Worker(), 0, bytes(2 * NUMEL), coded=True)

@@ -121,6 +121,12 @@ class ParameterClient:
         self._pulls.begin(for_round, after_all_updates, full_precision)
         return self._ask(now)
 
+    def ask_for(self, for_round: int, now: float) -> list[Send]:
+        """Ask whether servers still have the weights that round `for_round` starts from: `complete`, or `gone`."""
+        self._pushes.rounds_are_over(before=for_round - 1)
+        self._pulls.begin(for_round, False, full_precision=True, only_asks=True)
+        return self._ask(now)
+
     def _ask(self, now: float) -> list[Send]:
         return self._pulls.ask(now, {*self.peers.unanswered, *(self._pushes.busy if self._pulls_follow else ())})
 

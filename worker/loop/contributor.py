@@ -132,6 +132,10 @@ class Contributor:
         if self._buffer is not None:
             with self._context.io.lock:
                 self._buffer.taken = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients that the model holds."""
         self._replica.discard()
         self._rows.forget()
         self._shards.contribution(0)

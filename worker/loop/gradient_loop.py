@@ -20,7 +20,7 @@ from roundtable.worker.layers.sparse_embedding import RowSparse
 from roundtable.worker.loop.contributor import Contributor
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.repeat import LONGEST_S, Repeat, may_repeat
-from roundtable.worker.loop.script_batch import ScriptBatch, data_epoch
+from roundtable.worker.loop.script_batch import RoundHooks, ScriptBatch, data_epoch
 from roundtable.worker.loop.script_edits import Edits
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.loop.throughput import Throughput
@@ -47,6 +47,7 @@ class GradientLoop:
         self.replica = replica
         self.round = 0
         self.batch = ScriptBatch()
+        self.hooks = RoundHooks()
         self.edits = Edits(context, client, replica)
         self._context = context
         self._client = client
@@ -75,6 +76,7 @@ class GradientLoop:
         reached = self._weights.fetch(self.round)
         self._stale = False
         self._go_to(self.round if reached is None else reached)
+        self.hooks.begin(self.round)
         self.edits.note()
         keep_memory()  # not before: the memory in which the model was made is given back now
 
@@ -149,11 +151,11 @@ class GradientLoop:
         is_one_of_several = self._tasks.is_chief and self._context.settings.workers > 1
         return is_first and is_one_of_several and self._per_round and may_repeat(self.replica)
 
-    def _check_edits(self) -> None:
+    def _check_edits(self, who: str = "the script") -> None:
         if self.edits.lost():
             self._weights.await_all()
             if not self._weights.round_invalid:
-                self.edits.check(self.round, self.round if self._per_round else None)
+                self.edits.check(self.round, self.round if self._per_round else None, who)
 
     def step(self, weight: float | None = None) -> None:
         """Contribute the gradients that the model holds now, and wait as the policy requires.
@@ -232,6 +234,9 @@ class GradientLoop:
         while task is None:  # others may have taken over the micro-batch that was here just now
             self._leave_if_asked(segment)
             self._advance(segment)
+            while self.hooks.due(self.round):
+                self._end_round()
+                self._advance(segment)
             if self.round >= self._end(segment):
                 return None
             with self._context.io.lock:
@@ -245,23 +250,35 @@ class GradientLoop:
         return task
 
     def _advance(self, segment: Segment) -> None:
-        """Go from round to round until there is a micro-batch to compute, or the segment is over."""
-        while self.round < self._end(segment):
+        """Go from round to round until there is something to do for the script, or the segment is over."""
+        while self.round < self._end(segment) and not self.hooks.due(self.round):
             if not self._weights.round_invalid and self._push_finished(segment):
                 return
             self._weights.await_all()  # this worker may yet be asked to compute something from these weights
             target = self.round + 1
             is_last = target == self._end(segment)
-            after_all_updates = is_last and not self._per_round
+            after_all_updates, lazy = is_last and not self._per_round, not is_last and not self.hooks.functions
             if self._weights.round_invalid:
-                reached = self._weights.fetch(target, after_all_updates, not is_last)
+                reached = self._weights.fetch(target, after_all_updates, lazy)
             else:
                 ask = lambda: self._ask_for_work(segment)  # noqa: E731
                 has_news = lambda: self._tasks.any or self._departure.is_end(self.round)  # noqa: E731
-                reached = self._weights.fetch(target, after_all_updates, not is_last, has_news, ask)
+                reached = self._weights.fetch(target, after_all_updates, lazy, has_news, ask)
             if reached is not None:
                 self._stale = False
                 self._go_to(reached)
+
+    def _end_round(self) -> None:
+        """Call the script's functions for the end of a round, with all its weights in the model."""
+        self._weights.await_all()
+        if self._per_round and not self._weights.secure(self.round):
+            self.hooks.miss(self.round)
+            return
+        self.replica.reset_buffers()
+        self._settings.end_round(self.round)
+        self.hooks.call(self.round, self._check_edits)
+        self.replica.reset_buffers()
+        self._contributor.forget()
 
     def _ask_for_work(self, segment: Segment) -> None:
         """Ask the coordinator for a micro-batch, because this worker waits."""

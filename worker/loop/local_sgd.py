@@ -24,7 +24,7 @@ from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.loader import Loader, seed_everything
 from roundtable.worker.loop.departure import Departure
-from roundtable.worker.loop.script_batch import ScriptBatch, data_epoch
+from roundtable.worker.loop.script_batch import RoundHooks, ScriptBatch, data_epoch
 from roundtable.worker.loop.script_edits import Edits
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.loop.throughput import Throughput
@@ -72,6 +72,7 @@ class LocalSgdLoop:
         self.replica = replica
         self.round = 0
         self.batch = ScriptBatch()
+        self.hooks = RoundHooks()
         self.edits = Edits(context, client, replica, only_frozen=True)
         self._context = context
         self._client = client
@@ -142,9 +143,12 @@ class LocalSgdLoop:
                 break
             self._step_inner()
             self._inner.step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
-            self.round = index + 1
+            self.round, merges = index + 1, self._merges
             if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()
+            goes_back = self._merges <= merges and self._departure.is_end(merges)
+            if self.hooks.functions and not goes_back:
+                self._end_round()
         self._inner.settings.leave(segment, self.round)
         if self._departure.is_end(self._merges):
             self._go_back(segment)
@@ -169,6 +173,12 @@ class LocalSgdLoop:
         self.edits.check_places()
         self.edits.check(self.round, self._merges)
 
+    def _end_round(self) -> None:
+        """Call the script's functions for the end of a round, which is that of an own step and of a merge after it."""
+        self._inner.settings.end_round(self.round)
+        self.hooks.call(self.round, functools.partial(self.edits.check, self.round, self._merges))
+        self.replica.discard()
+
     def _go_back(self, segment: Segment) -> None:
         """Go back to the last merge, as the run ends with it, and leave out what this worker has done since."""
         if self.has_stepped:
@@ -187,6 +197,7 @@ class LocalSgdLoop:
         for index in range(segment.first_round, first):
             self._inner.step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
         self.round = first
+        self.hooks.begin(first)
         return first
 
     def step(self, weight: float | None = None) -> None:
@@ -338,9 +349,6 @@ class LocalSgdLoop:
         waiting = self._client.for_round is not None
         current = self.batch.task
         return Heartbeat(
-            "waiting" if waiting else "computing",
-            self.round,
-            current.k if current is not None else -1,
-            seconds=self._throughput.seconds,
-            rate=self._throughput.rate,
-        )
+            "waiting" if waiting else "computing", self.round, current.k if current is not None else -1,
+            seconds=self._throughput.seconds, rate=self._throughput.rate,
+        )  # fmt: skip

@@ -88,8 +88,8 @@ class Edits:
             return [index for index in written if index in frozen]
         return written
 
-    def check(self, round_: int, version: int | None) -> None:
-        """Raise UsageError for a parameter that the script has changed in `round_`.
+    def check(self, round_: int, version: int | None, who: str = "the script") -> None:
+        """Raise UsageError for a parameter that the script, or the part `who` of it, has changed in `round_`.
 
         `version`: the version of the weights in the model, which are fetched again for comparison. If it is None, servers may
         have a newer version by now, and any write counts as a change.
@@ -104,7 +104,7 @@ class Edits:
             now = {index: self._replica.tensors[index].detach() for index in indices}
             indices = [index for index, values in before.items() if not same_bytes(as_bytes(values), as_bytes(now[index]))]
         if indices:
-            raise UsageError(f"the script has changed {self.named(indices)} in round {round_}: {_WAY_OUT}")
+            raise UsageError(f"{who} has changed {self.named(indices)} in round {round_}: {_WAY_OUT}")
         self.note()
 
     def _restore(self, version: int) -> bool:

@@ -128,6 +128,25 @@ class WeightFetcher:
             self._lazy.came(self._load())
         self.waited_s += time.monotonic() - began
 
+    def secure(self, round_: int) -> bool:
+        """Keep the weights of `round_` as they are in the model, whatever servers do. Return False if some are gone already.
+
+        Servers that share memory may have written newer weights over them before or during the copy. They still had `round_`
+        afterwards if they have not.
+        """
+        self._replica.copy_from_servers()
+        client, context = self._client, self._context
+        with context.io.lock:
+            messages = client.ask_for(round_, time.monotonic())
+        context.io.send(*messages)
+        context.wait(lambda: client.complete or client.gone, lambda: f"word whether they have the weights of round {round_}")
+        if client.complete:
+            with context.io.lock:
+                client.take()
+        else:
+            self.round_invalid = True
+        return not self.round_invalid
+
     def _waited_for(self) -> str:
         return f"the weights {self._client.missing_text()}"
 

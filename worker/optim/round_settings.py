@@ -128,6 +128,11 @@ class RoundSettings:
         if len(self._used) > _KEPT:
             del self._used[min(self._used)]
 
+    def end_round(self, round_: int) -> None:
+        """Note that `round_` begins, so that no body is charged with what functions for the round's end set and step."""
+        self._end_body()
+        self._catch_up(round_)
+
     def leave(self, segment: Segment, round_: int) -> None:
         """Note that the script leaves the loop of `segment`, whose end may be long past, with the weights of `round_`."""
         self._end_body()

@@ -179,6 +179,10 @@ class Replica:
         """
         self._loader.load(weights, copy)
 
+    def copy_from_servers(self) -> None:
+        """Copy parameters that lie in servers' memory, where servers write newer ones in time, until the next `load`."""
+        self._loader.move_all_out()
+
     @contextlib.contextmanager
     def holding(self, weights: Mapping[int, Any]) -> Iterator[None]:
         """Have other parameters in the model inside the context. Buffers stay as they are."""

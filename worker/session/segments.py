@@ -69,7 +69,13 @@ class Segments:
     @property
     def done(self) -> bool:
         """Whether no segment is under way."""
-        return not self._all or self.round >= self._all[-1].end or self._is_over
+        return not self._all or ((self.round >= self._all[-1].end or self._is_over) and not self.ends_round)
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether a function of the script for the end of a round runs now."""
+        work = self._work()
+        return work is not None and work.hooks.running
 
     @property
     def is_cut_off(self) -> bool:

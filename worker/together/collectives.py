@@ -47,6 +47,10 @@ class Loops(Protocol):
         """Whether none is under way."""
 
     @property
+    def ends_round(self) -> bool:
+        """Whether a function of the script for the end of a round runs now."""
+
+    @property
     def round(self) -> int:
         """The round of the model's weights."""
 
@@ -102,6 +106,11 @@ class Collectives:
 
     def _begin(self, kind: Any, parts: int, samples: int = 0, name: str = "") -> Collective:
         """Return the question at the script's next collective. Raises UsageError inside a loop over batches."""
+        if self._segments.ends_round:
+            raise UsageError(
+                f"{script_line()}: run.{kind}() was called in a function of run.on_round(), which a worker that is far behind "
+                "misses: call it between two loops over run.batches()."
+            )
         if not self._segments.done:
             raise UsageError(
                 f"{script_line()}: run.{kind}() was called inside a loop over run.batches(), where workers come by a different "

@@ -57,8 +57,11 @@ class PullSession:
 
     # ---- asking
 
-    def begin(self, for_round: int, after_all_updates: bool, full_precision: bool) -> None:
-        """Start a pull of the weights of round `for_round`, and drop weights that were kept for another round."""
+    def begin(self, for_round: int, after_all_updates: bool, full_precision: bool, only_asks: bool = False) -> None:
+        """Start a pull of the weights of round `for_round`, and drop weights that were kept for another round.
+
+        `only_asks`: this worker has the weights, and servers only answer whether they still have them.
+        """
         self.for_round, self._after_all_updates, self._full_precision, self._newest = (
             for_round,
             after_all_updates,
@@ -70,6 +73,8 @@ class PullSession:
         self._staged, self._versions, self._closed_on, self._changed_frozen = {}, {}, set(), {}
         self._has_still, self._asks_for_still = self._has_still and not self._asks_for_still, False
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
+        if only_asks:
+            self._staged = dict.fromkeys(chunk.id for chunks in self._chunks.values() for chunk in chunks)
 
     def want_all(self) -> None:
         """Have the next pull bring all weights, also the frozen ones that have come before."""

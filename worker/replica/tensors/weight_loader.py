@@ -71,6 +71,14 @@ class WeightLoader:
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    @torch.no_grad()
+    def move_all_out(self) -> None:
+        """Give all parameters that lie in servers' memory a memory of their own, with their values."""
+        for index in sorted(self._in_memory):
+            values = self._tensors.tensors[index].data
+            self._move_out(index)
+            self._tensors.tensors[index].data.copy_(values)
+
     def _move_out(self, index: int) -> None:
         """Give a parameter that lies in a server's memory a memory of its own again."""
         tensor = self._tensors.tensors[index]
