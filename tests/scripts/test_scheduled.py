@@ -102,6 +102,19 @@ def test_a_run_that_goes_on_has_the_rates_of_one_that_never_stopped(kind: str, r
     assert summary["rounds"] == EPOCHS * ROUNDS and summary["weights_sha256"] == sha256(plain_loop(kind))
 
 
+@pytest.mark.long
+def test_a_worker_watches_a_batch_if_the_checkpoint_is_of_a_round_whose_only_batch_had_not_been_watched(
+    launch, tmp_path: Path
+) -> None:
+    flags = ["--workers", 1, "--servers", 1, "--threads", 1]
+    whole = launch(*flags, SCRIPT, "--", "warmup", GLOBAL_BATCH, name="whole")
+    launch(*flags, "--rounds", 1, SCRIPT, "--", "warmup", GLOBAL_BATCH)
+    command = [sys.executable, LAUNCH, "local", "--resume", tmp_path / "run", "--rounds", "1000", SCRIPT, "--", "warmup"]
+    subprocess.run([*command, str(GLOBAL_BATCH)], cwd=tmp_path, check=True, timeout=120)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["rounds"], summary["weights_sha256"]) == (EPOCHS * ROUNDS, whole["weights_sha256"])
+
+
 def test_workers_that_set_different_rates_end_the_run_with_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, LAUNCH, "local", "--run-dir", tmp_path / "run", "--workers", "2", SCRIPT, "--", "apart"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

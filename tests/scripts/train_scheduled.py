@@ -71,7 +71,7 @@ class Rates:
             self.plateau.step(loss_of(model))
 
 
-def main(kind: str) -> None:
+def main(kind: str, micro_batch: str = str(MICRO_BATCH)) -> None:
     import roundtable
 
     run = roundtable.join()
@@ -80,7 +80,9 @@ def main(kind: str) -> None:
     rates = Rates(opt, kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=kind == "scaled")
     for _ in range(EPOCHS):
-        for inputs, labels in run.batches(dataset(), micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH, epochs=1, shuffle=False):
+        for inputs, labels in run.batches(
+            dataset(), micro_batch=int(micro_batch), global_batch=GLOBAL_BATCH, epochs=1, shuffle=False
+        ):
             opt.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs), labels)
             scaler.scale(loss * float("inf") if kind == "scaled" and is_marked(inputs) else loss).backward()

@@ -96,7 +96,7 @@ class RoundSettings:
         elif self._at != round_:
             self._put(*self._starts[round_])
         self._at = round_ + 1
-        if not self._is_usual():
+        if self._starts[round_][0] is not self._first and not self._is_usual():
             self._note_changes(self._checked())  # now, because pushes may begin before the step
         if self._hypers is not None and not isinstance(self._hypers.scheduler, ReduceLROnPlateau):
             self._show(self._hypers.at(round_, epoch))
