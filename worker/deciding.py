@@ -36,7 +36,8 @@ class Deciding:
         """Return the chief's `value` on every worker: None, a number, a string, bytes, or lists and dicts of these, up to 64 KiB.
 
         Every worker calls this, in the same order, between two loops over batches. A worker that joins later gets the same value
-        at the same place of its script. Raises UsageError, with the script's line, inside a loop or for another value.
+        at the same place of its script. Raises UsageError, with the script's line, inside a loop or for another value, and
+        ClusterError if the chief does not come in time (`--progress-timeout`).
         """
         return self._session.collectives.agree(value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,3 +115,9 @@ def test_all_workers_get_the_same_whoever_comes_late_or_dies(
 @given(data=st.data())
 def test_all_workers_get_the_same_whoever_joins(data: st.DataObject) -> None:
     check_decisions(replace(data.draw(cases("sync")), decides=True))
+
+
+def test_no_worker_makes_the_coordinator_keep_parts_without_end() -> None:
+    huge = msgspec.msgpack.encode(Collective(1, 0, "evaluate", 1 << 40))
+    with pytest.raises(msgspec.ValidationError, match=r"<= 1048576"):
+        msgspec.msgpack.decode(huge, type=Collective)

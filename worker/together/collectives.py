@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from roundtable.common.config.batch_plan import derive_seed
+from roundtable.common.config.field_types import MOST
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import MODEL_NAME, Collective, CollectiveOutcome, CollectiveParts, PartDone
@@ -90,6 +91,10 @@ class Collectives:
         samples = samples_of(data.dataset, seed, data.shuffle_window)
         size = data.micro_batch or self._context.settings.micro_batch
         batches = [range(start, min(start + size, places)) for start in range(0, places, size)]
+        if len(batches) > MOST:
+            raise UsageError(
+                f"{script_line()}: run.evaluate() takes {MOST} batches at most, but got {len(batches)}: set micro_batch."
+            )
         question = self._begin("evaluate", len(batches), places)
         collate = data.collate_fn or default_collate
 
@@ -137,7 +142,7 @@ class Collectives:
             if answer is not None and (answer.parts or answer.missing != missing):
                 moved_at, missing = time.monotonic(), answer.missing
             if time.monotonic() > moved_at + timeout:
-                raise ClusterError(f"waited {timeout:.0f} s for {_waited_for(question)}.")
+                raise ClusterError(f"waited {timeout:.0f} s (--progress-timeout) for {_waited_for(question)}.")
             done = (compute(answer.parts) if answer is not None and answer.parts else []) or given()
             if not done:
                 self._context.wait(self._has_outcome, lambda: _waited_for(question), every=ASK_AGAIN_S)

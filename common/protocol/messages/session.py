@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from roundtable.common.config.batch_plan import Segment
-from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Many, Name, Text
+from roundtable.common.config.field_types import MOST, Amount, ByName, Count, CountOrNone, Few, Many, Name, Text
 from roundtable.common.config.settings import Settings
 from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.network.host_identity import NOWHERE, Place
@@ -239,7 +239,7 @@ class Collective(Body, frozen=True):
     number: Count
     kind: Literal["agree", "evaluate", "save"]
     #: Parts that have to be done: of an evaluation its batches, else 1.
-    parts: Count
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MOST)]
     #: Of a model to save: its name.
     name: Annotated[str, msgspec.Meta(max_length=100, pattern=MODEL_NAME)] = ""
     #: Of an evaluation: the samples in all its batches.

@@ -13,12 +13,15 @@ from roundtable.common.protocol.messages.session import (
     PartDone,
     Refused,
 )
+from roundtable.common.runtime.errors import WireError
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.summary import RunSummary
 
 #: Bytes that the outcomes of a run may have together. Workers that join later need all of them.
 _MOST_BYTES = 64 << 20
+#: Collectives that may be open at a time. Scripts that call the same ones are at a few different places.
+_MOST_OPEN = 100
 #: So many workers may compute the same part at a time, if a worker has nothing else to do.
 _COPIES = 2
 
@@ -107,6 +110,8 @@ class Collectives:
         if (outcome := context.ledger.outcomes.get(place)) is not None:
             context.journal.promise(message.route, outcome, urgent=True)
             return
+        if place not in self._open and len(self._open) >= _MOST_OPEN:
+            raise WireError(f"{worker.name} is at one more collective, and {_MOST_OPEN} are open already", "flood")
         known = self._open.setdefault(place, OpenCollective(body, worker.who))
         if reason := known.differs(body, worker.who) or self._too_large():
             context.mail.reply(message.route, Refused("Collective", reason))

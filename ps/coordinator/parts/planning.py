@@ -19,6 +19,9 @@ from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.roster import Member
 
+#: Bytes of scripts' states that are kept, for going on from any of the newest checkpoints.
+_MOST_STATE_BYTES = 64 << 20
+
 
 class Planning:
     """Makes sure that all workers have one model and one plan."""
@@ -69,8 +72,10 @@ class Planning:
 
     def keep_state(self, message: Received[KeepState]) -> None:
         """Keep the state of the scripts. All scripts have the same, so the newest counts."""
-        body = message.body
-        self._context.ledger.states[body.round] = body.value
+        body, states = message.body, self._context.ledger.states
+        states[body.round] = body.value
+        while sum(map(len, states.values())) > _MOST_STATE_BYTES:
+            del states[min(states)]
         self._context.journal.promise(message.route, Accepted(Request.STATE, body.id), urgent=True)
 
     def _note_plan(self, segment: Segment, now: float) -> None:
