@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +12,9 @@ import torch
 from test_run import run
 
 from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.script_batch import RoundHooks
+from roundtable.worker.loop.weight_fetcher import WeightFetcher
 from roundtable.worker.optim.round_settings import RoundSettings
 
 
@@ -60,6 +63,24 @@ def test_a_function_that_fails_is_running_no_longer() -> None:
     with pytest.raises(ZeroDivisionError):
         hooks.call(1, lambda whose: None)
     assert not hooks.running
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_they_are_not_called_with_weights_that_servers_may_have_written_over(gone: bool) -> None:
+    steps: list[str] = []
+    fetcher = object.__new__(WeightFetcher)
+    io = SimpleNamespace(lock=contextlib.nullcontext(), send=lambda *messages: steps.append("asked"))
+    fetcher._context = SimpleNamespace(io=io, wait=lambda ready, what: ready())  # type: ignore[assignment]
+    fetcher._client = Mock(complete=not gone, gone=gone, **{"ask_for.return_value": []})
+    fetcher._replica = Mock(**{"copy_from_servers.side_effect": lambda: steps.append("copied")})
+    fetcher._lazy, fetcher.round_invalid = Mock(any=False), False
+    loop = object.__new__(GradientLoop)
+    loop.round, loop._per_round, loop._weights, loop.hooks = 6, True, fetcher, RoundHooks()
+    loop.replica, loop._settings, loop._contributor, loop.edits = Mock(), Mock(), Mock(), Mock(**{"lost.return_value": []})
+    loop.hooks.add(lambda: steps.append("called"), 5)
+    loop._end_round()
+    assert steps == ["copied", "asked", "called"][: 2 if gone else 3]
+    assert fetcher.round_invalid == gone and not loop.hooks.due(6)
 
 
 def test_it_needs_an_optimizer_and_may_be_a_decorator() -> None:
