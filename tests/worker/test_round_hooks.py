@@ -72,7 +72,7 @@ def test_they_are_not_called_with_weights_that_servers_may_have_written_over(gon
     io = SimpleNamespace(lock=contextlib.nullcontext(), send=lambda *messages: steps.append("asked"))
     fetcher._context = SimpleNamespace(io=io, wait=lambda ready, what: ready())  # type: ignore[assignment]
     fetcher._client = Mock(complete=not gone, gone=gone, **{"ask_for.return_value": []})
-    fetcher._replica = Mock(**{"copy_from_servers.side_effect": lambda: steps.append("copied")})
+    fetcher._replica = Mock(**{"layout.chunks": [], "copy_from_servers.side_effect": lambda: steps.append("copied")})
     fetcher._lazy, fetcher.round_invalid = Mock(any=False), False
     loop = object.__new__(GradientLoop)
     loop.round, loop._per_round, loop._weights, loop.hooks = 6, True, fetcher, RoundHooks()
