@@ -1,4 +1,4 @@
-"""The part of a run in which workers decide together, as a script sees it."""
+"""The calls of a script besides its loop: deciding together, hooks, and going on after a resume."""
 
 from __future__ import annotations
 
@@ -148,8 +148,10 @@ class Deciding:
             if self.stopped or segments.reached_limit:
                 return
             segments.one_epoch_each = True
-            yield epoch
-            segments.one_epoch_each = False
+            try:
+                yield epoch
+            finally:
+                segments.one_epoch_each = False
             if segments.begun != before + epoch + 1 and not self.stopped:
                 raise UsageError(
                     f"{script_line()}: run.epochs() needs one loop over run.batches() in each epoch, and epoch {epoch} had "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +16,8 @@ from test_rounds_simulated import PLAIN, cases, few, some
 
 from roundtable.common.config.settings import PolicyName, Settings
 from roundtable.common.protocol.messages.session import Collective, PartDone
-from roundtable.ps.coordinator.parts.collectives import OpenCollective, mean
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.coordinator.parts.collectives import Collectives, OpenCollective, mean
 
 
 def evaluation(parts: int) -> Collective:
@@ -115,6 +118,14 @@ def test_all_workers_get_the_same_whoever_comes_late_or_dies(
 @given(data=st.data())
 def test_all_workers_get_the_same_whoever_joins(data: st.DataObject) -> None:
     check_decisions(replace(data.draw(cases("sync")), decides=True))
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", ".x", "model", "", "x\n", "x" * 90 + "/"])
+def test_a_model_is_saved_under_a_plain_name_only(name: str) -> None:
+    context: Any = SimpleNamespace(ledger=SimpleNamespace(outcomes={}))
+    asked: Any = SimpleNamespace(member=SimpleNamespace(name="worker-1"), body=Collective(1, 0, "save", 1, name), route=b"")
+    with pytest.raises(WireError, match="worker-1 wants to save a model under a name that is none"):
+        Collectives(context, context, context).at(asked)
 
 
 def test_no_worker_makes_the_coordinator_keep_parts_without_end() -> None:

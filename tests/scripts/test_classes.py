@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train_classes import GLOBAL_BATCH, MICRO_BATCH, ROUNDS, dataset, groups, network
+from train_optimizer_classes import GLOBAL_BATCH, MICRO_BATCH, ROUNDS, dataset, groups, network
 
 from roundtable.common.runtime.failpoints import VARIABLE
 
-SCRIPT = Path(__file__).with_name("train_classes.py")
+SCRIPT = Path(__file__).with_name("train_optimizer_classes.py")
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

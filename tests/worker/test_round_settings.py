@@ -273,6 +273,30 @@ def test_a_schedule_of_run_optimizer_and_another_one_are_refused() -> None:
     assert "run.optimizer(schedule=...) sets it in every round" in refusal(opt.step)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_of_run_optimizer_has_its_settings_on_workers_that_skip_rounds_and_join_late(name: str) -> None:
+    server = Server()
+
+    def worker() -> tuple[RoundSettings, Optimizer]:
+        example = torch.optim.SGD(groups(), lr=0.1, momentum=0.9)
+        made = [dict(group) for group in example.param_groups]
+        settings = RoundSettings(made, Hypers(example, SCHEDULES[name], "round", lambda epoch: None))
+        settings.told = lambda: server.told
+        return settings, Optimizer(lambda weight: settings.used(server.told.round + 1 if server.told else 0), settings, {}, [])
+
+    every, some, late = worker(), worker(), worker()
+    for round_ in range(2 * LOOP):
+        computing = [every, *([some] if round_ % 3 == 0 else []), *([late] if round_ >= LOOP else [])]
+        found = []
+        for settings, opt in computing:
+            for _ in range(2):
+                assert settings.begin(round_, 0)
+                opt.step()
+            found.append(settings.at(round_, 0))
+        assert all(one == found[0] for one in found)
+        server.told = UsedSettings(round_, found[0])
+
+
 def test_a_plateau_of_the_losses_of_single_batches_is_refused() -> None:
     worker = Worker(Server(), None)
     plateau = lr_scheduler.ReduceLROnPlateau(worker.opt)

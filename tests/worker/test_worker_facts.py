@@ -91,7 +91,8 @@ def samples(dataset: Dataset[Any], in_process: bool = True, seed: int = 0) -> li
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_data_that_differs_is_told_by_the_first_sample_that_does(in_process: bool) -> None:
+def test_data_that_differs_is_told_by_the_first_sample_that_does(in_process: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alike, "_SAMPLES_S", float("inf"))  # however slow this machine is
     for augment in (False, True):
         known = samples(Images(augment=augment), in_process)
         assert [fact.name for fact in known] == ["sample 0", "sample 3", "sample 6", "sample 9"]

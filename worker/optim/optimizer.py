@@ -231,8 +231,8 @@ class Hypers:
         return self._scheduler
 
     def sets(self, key: str) -> bool:
-        """Return whether the schedule has ever changed this setting."""
-        return key in self._changed
+        """Return whether the schedule sets this setting: the rate, and all that it has ever changed."""
+        return self._scheduler is not None and (key == "lr" or key in self._changed)
 
     def at(self, round_: int, epoch: int) -> list[dict[str, Any]]:
         """Return the settings that the schedule has ever changed, for each group; empty without a schedule.

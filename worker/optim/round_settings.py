@@ -96,10 +96,10 @@ class RoundSettings:
         elif self._at != round_:
             self._put(*self._starts[round_])
         self._at = round_ + 1
-        if self._starts[round_][0] is not self._first and not self._is_usual():
-            self._note_changes(self._checked())  # now, because pushes may begin before the step
         if self._hypers is not None and not isinstance(self._hypers.scheduler, ReduceLROnPlateau):
             self._show(self._hypers.at(round_, epoch))
+        if self._starts[round_][0] is not self._first and not self._is_usual():
+            self._note_changes(self._checked())  # now, because pushes may begin before the step
         return True
 
     def used(self, round_: int) -> None:
@@ -182,13 +182,17 @@ class RoundSettings:
 
     def _take(self, told: UsedSettings) -> None:
         """Take over the settings with which a round was applied."""
-        hypers = told.hypers or [{}] * len(self.groups)
+        hypers = [self._own(given) for given in told.hypers or [{}] * len(self.groups)]
         for group, first, given in zip(self.groups, self._first, hypers, strict=False):
             for key, value in {**first, **given}.items():
                 group[key] = tuple(value) if isinstance(value, list) and isinstance(first.get(key), tuple) else value
         self._changed.update(*hypers)
         if told.schedules is not None:
             self.schedulers.load(json.loads(told.schedules.state))
+
+    def _own(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return those of a group's settings that `schedule=` does not set."""
+        return given if self._hypers is None else {key: value for key, value in given.items() if not self._hypers.sets(key)}
 
     # ---- for pushes, and for an optimizer that runs here
 
@@ -272,7 +276,7 @@ class RoundSettings:
 
     def _put(self, values: _Values, state: list[State]) -> None:
         for group, given in zip(self.groups, values, strict=True):
-            group.update(given)
+            group.update(self._own(given))
         self.schedulers.load(state)
 
 

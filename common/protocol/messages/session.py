@@ -241,7 +241,7 @@ class Collective(Body, frozen=True):
     #: Parts that have to be done: of an evaluation its batches, else 1.
     parts: Annotated[int, msgspec.Meta(ge=1, le=MOST)]
     #: Of a model to save: its name.
-    name: Annotated[str, msgspec.Meta(max_length=100, pattern=MODEL_NAME)] = ""
+    name: Annotated[str, msgspec.Meta(max_length=100)] = ""
     #: Of an evaluation: the samples in all its batches.
     samples: Count = 0
     #: The round of the weights in the model.

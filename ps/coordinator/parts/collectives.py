@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from roundtable.common.protocol.messages.session import (
+    MODEL_NAME,
     MOST_PARTS,
     Collective,
     CollectiveOutcome,
@@ -110,6 +112,8 @@ class Collectives:
         if (outcome := context.ledger.outcomes.get(place)) is not None:
             context.journal.promise(message.route, outcome, urgent=True)
             return
+        if not re.fullmatch(MODEL_NAME, body.name) or bool(body.name) != (body.kind == "save"):
+            raise WireError(f"{worker.name} wants to save a model under a name that is none")
         if place not in self._open and len(self._open) >= _MOST_OPEN:
             raise WireError(f"{worker.name} is at one more collective, and {_MOST_OPEN} are open already", "flood")
         known = self._open.setdefault(place, OpenCollective(body, worker.who))
