@@ -1,4 +1,4 @@
-"""What whole-system tests share: running the command line as a user does."""
+"""The fixtures of whole-system tests: running the command line as a user does."""
 
 from __future__ import annotations
 

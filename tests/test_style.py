@@ -1,4 +1,4 @@
-"""What the tools for style and types say of the whole project."""
+"""The tools for style and types find nothing in the whole project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers do to processes of the fault matrix is what it is called, and what was overheard is sent again as it was."""
+"""Strangers in the fault matrix do what their rows say, and send overheard messages again unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of layers on servers print is what they measured, of runs as small as can be."""
+"""The benchmarks of layers on servers print their measurements, here of runs as small as can be."""
 
 from __future__ import annotations
 

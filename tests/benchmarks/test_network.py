@@ -1,4 +1,4 @@
-"""What a benchmark that was killed has left of its network is removed by the next one, and nothing else is."""
+"""A benchmark removes the network that a killed one has left, and nothing else."""
 
 from __future__ import annotations
 

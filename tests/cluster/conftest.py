@@ -1,4 +1,4 @@
-"""What the tests of `cluster` share: starting launchers."""
+"""The fixtures of the tests of `cluster`: starting launchers."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from roundtable.common.runtime.errors import UsageError
 
 
 def parsed(*argv: str) -> tuple[dict[str, Any], Result]:
-    """What the user gave, as a command understands it that has all settings."""
+    """Return the user's settings, as a command that has all settings reads them."""
     found: dict[str, Any] = {}
 
     @click.command(cls=Command)

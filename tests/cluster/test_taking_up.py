@@ -1,4 +1,4 @@
-"""What one command does in a run directory: it begins, recovers or resumes, whatever fits, and says which; nothing is lost."""
+"""One command begins, recovers or resumes a run, as its directory needs, and says which. Nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process tells others of where it listens, and waiting for names."""
+"""The address that a process tells others, and waiting for names."""
 
 from __future__ import annotations
 

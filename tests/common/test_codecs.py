@@ -31,7 +31,7 @@ def normal(numel: int, seed: int = 0) -> torch.Tensor:
 
 
 def decoded(codec: Codec, coded: Coded, numel: int, seed: int = 0) -> torch.Tensor:
-    """What a receiver reads, who has the bytes alone."""
+    """Return the values that a receiver reads from the bytes alone."""
     return codec.decode(memoryview(bytes(to_frame(coded.frame))), numel, seed)
 
 

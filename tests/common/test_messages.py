@@ -1,4 +1,4 @@
-"""What a message may be: nothing in it is of any type, and nothing in it is as long as its sender likes."""
+"""The types of messages: nothing in them is of any type, or as long as its sender likes."""
 
 from __future__ import annotations
 

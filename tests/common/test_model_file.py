@@ -54,7 +54,7 @@ def test_state_dicts_are_read_however_pytorch_wrote_them(tmp_path: Path) -> None
 
 
 class Evil:
-    """What a pickle may do when it is read."""
+    """An object whose pickle does something when it is read."""
 
     def __reduce__(self) -> object:
         return Path.touch, (Path("evil"),)

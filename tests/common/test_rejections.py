@@ -1,4 +1,4 @@
-"""What is refused is all counted, and seldom logged."""
+"""All refused messages are counted, and few are logged."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def heartbeat() -> Heartbeat:
 
 
 def sent(attendance: Session, until: float, step: float = 0.05, since: float = 0.0) -> list[tuple[float, Body]]:
-    """What goes out between two times, with when."""
+    """Return the messages that go out between two times, with their times."""
     out: list[tuple[float, Body]] = []
     now = since
     while now <= until:

@@ -1,4 +1,4 @@
-"""What a micro-batch contributes by its weight, and the mean that comes of it."""
+"""The contribution of a micro-batch by its weight, and the mean over a round."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Cluster:
         run(*self._compose, "stop")
 
     def containers(self) -> dict[str, dict[str, Any]]:
-        """What the engine knows of each, by service and number such as worker-2, whether it runs or has ended."""
+        """The engine's facts on each container, by service and number such as worker-2, running or ended."""
         ids = run("docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}").split()
         found = json.loads(run("docker", "inspect", *ids))
         labels = [{key.rpartition(".")[2]: value for key, value in one["Config"]["Labels"].items()} for one in found]

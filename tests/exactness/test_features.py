@@ -1,4 +1,4 @@
-"""What models, data sets and loops may have in them, all at once, gives the bits of a plain loop: on clusters, and alone."""
+"""All features of models, data sets and loops at once give the bits of a plain loop, on clusters and alone."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def dataset() -> TensorDataset:
 
 
 def make(bias: bool) -> tuple[nn.Sequential, nn.Linear]:
-    """What comes before the last layer, and that one."""
+    """The layers before the last one, and the last one."""
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh()), nn.Linear(16, CLASSES, bias=bias)
 

@@ -28,7 +28,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def trained(model: nn.Sequential) -> list[nn.Parameter]:
-    """What is given to the optimizer, some of it frozen."""
+    """Return the parameters for the optimizer, some of them frozen."""
     return [*model[2].parameters(), *model[4].parameters()]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of `explore` share: one trained run."""
+"""The fixtures of the tests of `explore`: one trained run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(folder: Path) -> Trained:
 
 @pytest.fixture(scope="session")
 def features(run: Trained) -> Features:
-    """What the workers have computed: the layer relu4, which is module 10."""
+    """The features that the workers have computed: of the layer relu4, which is module 10."""
     found = read(default_file(run, "10"), run, "10")
     assert found is not None
     return found

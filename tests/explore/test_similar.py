@@ -103,7 +103,7 @@ def test_an_image_of_the_set_finds_itself_at_distance_0(run: Trained, tmp_path: 
 
 
 class Sources(HTMLParser):
-    """What a page would fetch."""
+    """Return the addresses that a page would fetch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What replicas count with when they are merged, and what is made of their mean, in real clusters."""
+"""The weights of replicas in a merge, and the use of their mean, in real clusters."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class AtOnce:
         assert ready(), what()
 
     def norms(self, weight: float) -> list[Norm]:
-        """Those of the round's gradient."""
+        """Return those of the round's gradient."""
         found = []
         for number, server in enumerate(self.servers):
             while (norms := server.norms(self._parts(number), weight)) is None:

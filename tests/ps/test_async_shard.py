@@ -73,7 +73,7 @@ class Server:
 
 @dataclass
 class Worker:
-    """One that computes a micro-batch from the weights that it has got, and sends what comes of it in parts."""
+    """A worker that computes a micro-batch from the weights that it has got, and sends the result in parts."""
 
     name: str
     pulls: int = 0

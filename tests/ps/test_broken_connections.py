@@ -1,4 +1,4 @@
-"""What a server has for a worker one of whose connections has broken goes by the other."""
+"""If one connection of a worker breaks, the server sends by the other."""
 
 from __future__ import annotations
 

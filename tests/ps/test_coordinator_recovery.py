@@ -60,7 +60,7 @@ ROUNDS = st.lists(
 
 
 def left_out(round_: int, outcome: str) -> list[Contribution]:
-    """What a server has left out of a round's first micro-batch."""
+    """A contribution to a round's first micro-batch that a server has left out."""
     return [Contribution(round_, 0, 1, "worker-1", 2, 1, outcome)] if outcome else []  # type: ignore[arg-type]
 
 

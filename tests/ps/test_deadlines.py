@@ -1,4 +1,4 @@
-"""What a coordinator says as it gives a run up, or ends one."""
+"""The sentences of a coordinator that gives a run up, or ends one."""
 
 from __future__ import annotations
 

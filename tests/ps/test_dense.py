@@ -533,7 +533,7 @@ class Coded:
 
     @property
     def handed_out(self) -> torch.Tensor:
-        """What workers that share memory compute from."""
+        """The weights from which workers that share memory compute."""
         return self.weight_buffers[self.version % 2]
 
 

@@ -62,7 +62,7 @@ def both(name: str, servers: int) -> tuple[nn.Sequential, Any, nn.Sequential, Sh
 
 
 def rows(plain: nn.Sequential) -> list[torch.Tensor]:
-    """What servers are to hold of it."""
+    """Return the part that servers are to hold."""
     layers = [layer for layer in plain if isinstance(layer, nn.Linear)]
     return [torch.cat([n.weight, *([] if n.bias is None else [n.bias[:, None]])], 1).detach() for n in layers]
 

@@ -1,4 +1,4 @@
-"""What a server keeps by key: each pull sees pushes whole and in one order, whatever comes in blocks, twice, late or never."""
+"""The key-value store: each pull sees pushes whole and in one order, if blocks come twice, late or never."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who takes part: workers that fall silent are told of once and fenced, names are used once, others share what is left."""
+"""Membership: workers that fall silent are told of once and fenced, names are used once, others share the rest."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _whole(model: Network, number: int) -> torch.Tensor:
 
 
 def deliver(shards: Sequence[ShardHost], asked: Sequence[tuple[int, SendModel]]) -> list[tuple[int, ModelPart, Sequence[Any]]]:
-    """What servers answer."""
+    """The servers' answers."""
     out = []
     for server, body in asked:
         effects = shards[server].handle(COORDINATOR, body, (), 0.0)

@@ -1,4 +1,4 @@
-"""Where pushes are applied at once, the plan of the learning rate is followed in the order in which micro-batches come."""
+"""If pushes are applied at once, the plan of the learning rate is followed in the order in which micro-batches come."""
 
 from __future__ import annotations
 

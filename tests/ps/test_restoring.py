@@ -1,4 +1,4 @@
-"""What `checkpoint verify` says of checkpoints with whole files: whether servers can be restored from them."""
+"""`checkpoint verify` says of checkpoints with whole files whether servers can be restored from them."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def check_dropped_or_counted(outcome: Outcome) -> None:
 
 
 def check_kept(outcome: Outcome) -> None:
-    """What its policy promises of every micro-batch, of rows as well where there is a table."""
+    """Check the promises of the policy for every micro-batch, and for rows if there is a table."""
     policy = outcome.case.settings.policy
     if outcome.case.rows:
         check_rows(outcome)

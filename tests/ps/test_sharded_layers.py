@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def result(job: Any) -> Any:
-    """What a job comes to."""
+    """The result of a job."""
     while True:
         try:
             next(job)

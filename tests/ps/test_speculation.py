@@ -1,4 +1,4 @@
-"""Who takes over what, where many ask at the same moment."""
+"""Reassignment, if many workers ask at the same moment."""
 
 from __future__ import annotations
 

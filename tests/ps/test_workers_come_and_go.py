@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @st.composite
 def fates(draw: st.DrawFn) -> Pace:
-    """What happens to a worker, at any time from when it was welcomed on: it may not have sent its first weights yet."""
+    """Events in the life of a worker, at any time from its welcome on: it may not have sent its first weights yet."""
     compute, when = draw(st.sampled_from([0.05, 0.2])), draw(st.sampled_from([0.01, 0.3, 1.0, 2.0, 4.0]))
     return draw(
         st.sampled_from(

@@ -1,4 +1,4 @@
-"""What the tests of recovery share: starting runs, and what comes of one that nothing disturbs."""
+"""The fixtures of the tests of recovery: starting runs, and the result of one that nothing disturbs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is pushed early is to the bit what would be pushed at `step`, and counts only if the script has left it alone."""
+"""Early pushes have the bits of those at `step`, and count only if the script has left the gradients alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Setting:
         self.model(x).square().sum().backward()
 
     def expected(self) -> dict[int, tuple[torch.Tensor, int]]:
-        """What is contributed at `step`."""
+        """The contribution at `step`."""
         out = {}
         for chunk, value in self.replica.gradient(self.samples).items():
             for n, other in enumerate(self.others):

@@ -1,4 +1,4 @@
-"""What `run.batches` makes of a DataLoader, of a data set with the same arguments, and of what it cannot use."""
+"""`run.batches` with a DataLoader, with a data set and the same arguments, and with data that it cannot use."""
 
 from __future__ import annotations
 

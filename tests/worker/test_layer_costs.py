@@ -1,4 +1,4 @@
-"""What layers cost is what a calculation by hand gives, and the command shows it."""
+"""The costs of layers are those of a calculation by hand, and the command shows them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def check(cls: type[torch.optim.Optimizer], **hyper: Any) -> list[dict[str, Any]]:
-    """What `Run.optimizer` does before it tells the servers: the checks, and the groups' settings."""
+    """The part of `Run.optimizer` before it tells the servers: the checks, and the groups' settings."""
     name_of(cls)
     example = example_optimizer(cls, parameter_groups(nn.Linear(2, 3), None), hyper)
     is_whole(cls, hyper)

@@ -41,7 +41,7 @@ def segment_of(round_: int) -> Any:
 
 
 class Server:
-    """What server 0 remembers of the rounds."""
+    """Server 0's memory of the rounds."""
 
     def __init__(self) -> None:
         self.told: UsedSettings | None = None

@@ -1,4 +1,4 @@
-"""What a script may ask of its run, and when."""
+"""The calls of a run, and when a script may make them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a script writes into parameters in mid-training is an error that names them; what torch writes is none."""
+"""If a script writes into parameters in mid-training, an error names them. Writes of torch are none."""
 
 from __future__ import annotations
 

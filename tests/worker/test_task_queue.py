@@ -1,4 +1,4 @@
-"""What a worker has left to do is told round by round."""
+"""A worker is told round by round of the work that is left."""
 
 from __future__ import annotations
 

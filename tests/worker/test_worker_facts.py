@@ -1,4 +1,4 @@
-"""What workers tell of their schedule and data is the same where these are, and names what differs where they are not."""
+"""Workers' facts on their schedule and data are equal if these are, and name the difference if they are not."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Replicate(Body, frozen=True):
 
 
 class ReplicateRows(Body, frozen=True):
-    """What `round` contributes to the embedding rows of all tables, a sum of gradients x weight; all weights are `weight`.
+    """The contribution of `round` to the embedding rows of all tables: a sum of gradients x weight. All weights are `weight`.
 
     `counts` and frames are as in RowPush, and `factor` is as in Replicate.
     """
@@ -41,7 +41,7 @@ class ReplicateRows(Body, frozen=True):
 
 
 class LossTerms(msgspec.Struct, frozen=True, array_like=True):
-    """What `count` samples contribute to a sharded layer. `normalised` is as in ShardedForward."""
+    """The contribution of `count` samples to a sharded layer. `normalised` is as in ShardedForward."""
 
     layer: Count
     count: Count
