@@ -94,12 +94,13 @@ def test_evaluations_have_the_same_bits_on_any_cluster(
     evaluations, losses, best = plain_loop()
     assert PATIENCE < len(evaluations) < EPOCHS
     got = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("worker-*.json"))]
-    assert len(got) >= flags[1] - bool(fault)
-    for of_worker in got:
-        assert [{name: one[name] for name in evaluations[0]} for one in of_worker] == evaluations
-        assert [one["loss"] for one in of_worker] == pytest.approx(losses, rel=1e-6)
-        assert [one["chief"] for one in of_worker] == [one["chief"] for one in got[0]]
-    chiefs = [one["chief"] for one in got[0]]
+    assert sum(len(of_worker) == len(evaluations) for of_worker in got) >= flags[1] - bool(fault)
+    chiefs = [one["chief"] for one in max(got, key=len)]
+    for of_worker in got:  # one that comes late may find that the run has ended
+        n = len(of_worker)
+        assert [{name: one[name] for name in evaluations[0]} for one in of_worker] == evaluations[:n]
+        assert [one["loss"] for one in of_worker] == pytest.approx(losses[:n], rel=1e-6)
+        assert [one["chief"] for one in of_worker] == chiefs[:n]
     assert chiefs[0] == 0 and chiefs == sorted(chiefs)  # worker-1 is the chief once worker-0 is lost
     assert set(chiefs) <= {0, 1} if fault else set(chiefs) == {0}
     assert summary["rounds"] == 4 * len(evaluations) and summary["ended_early"]["reason"].startswith("no better than")
