@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch_alone import tree_sum
 
 from roundtable.worker.replica.buffers import stored_parts
 
@@ -19,13 +20,6 @@ from train_buffers import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, dataset, network
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ROOT, SCRIPT = Path(__file__).parents[2], Path(__file__).with_name("train_buffers.py")
-
-
-def tree_sum(terms: list[torch.Tensor]) -> torch.Tensor:
-    while len(terms) > 1:
-        paired = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
-    return terms[0]
 
 
 def plain_loop() -> dict[str, torch.Tensor]:
@@ -46,7 +40,7 @@ def plain_loop() -> dict[str, torch.Tensor]:
                 for name in start:
                     left[name].append((model.get_buffer(name).detach().clone(), len(mx)))
             for parameter, terms in zip(model.parameters(), zip(*gradients, strict=True), strict=True):
-                parameter.grad = tree_sum(list(terms)) / len(bx)
+                parameter.grad = tree_sum(terms) / len(bx)
             optimizer.step()
             for name, values in left.items():
                 if not any(differs(value, start[name]) for value, _ in values):

@@ -4,14 +4,13 @@ plain loop in one process that adds up micro-batch gradients along the tree."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
+from torch_alone import sha256, take_gradients
 
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
@@ -21,14 +20,6 @@ from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, Reused, dataset, net
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPOCHS = 3
-
-
-def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The design's tree: pairs of neighbours, level by level; an odd one out goes up as it is."""
-    while len(terms) > 1:
-        paired = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(terms[::2], terms[1::2], strict=False)]
-        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
-    return terms[0]
 
 
 def plain_loop(
@@ -43,26 +34,15 @@ def plain_loop(
     scheduler = schedule(opt) if schedule else None
     for _ in range(epochs):
         for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
-            terms = []
             part = len(bx) if whole_batches else MICRO_BATCH
-            for mx, my in zip(bx.split(part), by.split(part), strict=True):
-                gradients = torch.autograd.grad(nn.functional.cross_entropy(model(mx), my), parameters)
-                terms.append([g * len(mx) for g in gradients])
-            for parameter, total in zip(parameters, tree_sum(terms), strict=True):
-                parameter.grad = total / len(bx)
+            parts = zip(bx.split(part), by.split(part), strict=True)
+            take_gradients(parameters, ((nn.functional.cross_entropy(model(mx), my), len(mx)) for mx, my in parts))
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             opt.step()
             if scheduler:
                 scheduler.step()
     return model
-
-
-def sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch_alone import take_gradients
 
 sys.path.insert(0, str(Path(__file__).parent))
 import train_edited
@@ -21,13 +22,6 @@ SCRIPT = Path(__file__).with_name("train_frozen.py")
 EDITED = Path(__file__).with_name("train_edited.py")
 
 
-def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    while len(terms) > 1:
-        paired = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(terms[::2], terms[1::2], strict=False)]
-        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
-    return terms[0]
-
-
 def plain_loop() -> dict[str, torch.Tensor]:
     model = network(0)
     parameters = trained(model)
@@ -37,12 +31,8 @@ def plain_loop() -> dict[str, torch.Tensor]:
         model[2].requires_grad_(epoch >= THAWS)
         having = [p for p in parameters if p.requires_grad]
         for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
-            terms = []
-            for mx, my in zip(bx.split(MICRO_BATCH), by.split(MICRO_BATCH), strict=True):
-                gradients = torch.autograd.grad(nn.functional.mse_loss(model(mx.clone()), my.clone()), having)
-                terms.append([g * len(mx) for g in gradients])
-            for parameter, total in zip(having, tree_sum(terms), strict=True):
-                parameter.grad = total / len(bx)
+            parts = zip(bx.split(MICRO_BATCH), by.split(MICRO_BATCH), strict=True)
+            take_gradients(having, ((nn.functional.mse_loss(model(mx.clone()), my.clone()), len(mx)) for mx, my in parts))
             optimizer.step()
     return dict(model.state_dict())
 

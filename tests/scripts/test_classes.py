@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch_alone import sha256, take_gradients
 from train_optimizer_classes import GLOBAL_BATCH, MICRO_BATCH, ROUNDS, dataset, groups, network
 
 from roundtable.common.runtime.failpoints import VARIABLE
@@ -34,19 +34,10 @@ def plain_loop(whose: str) -> nn.Module:
     inputs, labels = dataset().tensors
     for at in range(0, len(inputs), GLOBAL_BATCH):
         parts = [slice(k, k + MICRO_BATCH) for k in (at, at + MICRO_BATCH)]
-        one, other = (torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts)
-        for parameter, a, b in zip(parameters, one, other, strict=True):
-            parameter.grad = (a * MICRO_BATCH + b * MICRO_BATCH) / GLOBAL_BATCH
+        take_gradients(parameters, ((nn.functional.cross_entropy(model(inputs[p]), labels[p]), MICRO_BATCH) for p in parts))
         for step in (*(optimizer.step for optimizer in optimizers), *(scheduler.step for scheduler in schedulers)):
             step()
     return model
-
-
-def sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train_ema import GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, ROUNDS, averaged, classifier, dataset, lr_of
+from torch_alone import take_gradients
+from train_early import GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, classifier, dataset
+from train_ema import ROUNDS, averaged, lr_of
 
 from roundtable.common.runtime.failpoints import VARIABLE
 
@@ -30,10 +32,7 @@ def plain_loop() -> dict[str, torch.Tensor]:
     for round_ in range(ROUNDS):
         at = round_ * GLOBAL_BATCH % len(inputs)
         parts = [slice(at + k, at + k + MICRO_BATCH) for k in range(0, GLOBAL_BATCH, MICRO_BATCH)]
-        grads = [torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts]
-        for parameter, terms in zip(parameters, zip(*grads, strict=True), strict=True):
-            a, b, c, d = (term * MICRO_BATCH for term in terms)
-            parameter.grad = ((a + b) + (c + d)) / GLOBAL_BATCH
+        take_gradients(parameters, ((nn.functional.cross_entropy(model(inputs[p]), labels[p]), MICRO_BATCH) for p in parts))
         optimizer.step()
         ema.update_parameters(model)
         optimizer.param_groups[0]["lr"] = lr_of(round_ + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch_alone import sha256, take_gradients
 from train_scheduled import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, ROUNDS, Rates, classifier, dataset, is_marked
 
 from roundtable.common.runtime.failpoints import VARIABLE
@@ -34,9 +34,7 @@ def plain_loop(kind: str) -> nn.Module:
     for round_ in range(EPOCHS * ROUNDS):
         at = round_ % ROUNDS * GLOBAL_BATCH
         parts = [slice(k, k + MICRO_BATCH) for k in (at, at + MICRO_BATCH)]
-        one, other = (torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts)
-        for parameter, a, b in zip(parameters, one, other, strict=True):
-            parameter.grad = (a * MICRO_BATCH + b * MICRO_BATCH) / GLOBAL_BATCH
+        take_gradients(parameters, ((nn.functional.cross_entropy(model(inputs[p]), labels[p]), MICRO_BATCH) for p in parts))
         rates.before_step(round_)
         if kind != "scaled" or not is_marked(inputs[parts[1]]):
             optimizer.step()
@@ -44,13 +42,6 @@ def plain_loop(kind: str) -> nn.Module:
         if round_ % ROUNDS == ROUNDS - 1:
             rates.after_epoch(model)
     return model
-
-
-def sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(

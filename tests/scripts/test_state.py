@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch_alone import sha256, take_gradients
 from train_state import EVALUATED, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, STEPS, classifier, dataset
 
 from roundtable.common.runtime.errors import UsageError
@@ -38,10 +38,7 @@ def plain_loop() -> tuple[dict[str, Any], list[list[Any]], str]:
     for epoch in range(EPOCHS):
         for at in range(0, len(inputs), GLOBAL_BATCH):
             parts = [slice(at + k, at + k + MICRO_BATCH) for k in range(0, GLOBAL_BATCH, MICRO_BATCH)]
-            grads = [torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts]
-            for parameter, terms in zip(parameters, zip(*grads, strict=True), strict=True):
-                a, b, c, d = (term * MICRO_BATCH for term in terms)
-                parameter.grad = ((a + b) + (c + d)) / GLOBAL_BATCH
+            take_gradients(parameters, ((nn.functional.cross_entropy(model(inputs[p]), labels[p]), MICRO_BATCH) for p in parts))
             optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -50,8 +47,7 @@ def plain_loop() -> tuple[dict[str, Any], list[list[Any]], str]:
         losses.append(math.fsum(found) / len(held_out))
         done.append([epoch, 4 * (epoch + 1), optimizer.param_groups[0]["lr"]])
     weights = model[0].weight.detach().double().sum()  # type: ignore[index,union-attr,operator]
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for _, p in sorted(model.named_parameters())))
-    return {"losses": losses, "best": min(losses), "sum": float(weights)}, done, digest.hexdigest()
+    return {"losses": losses, "best": min(losses), "sum": float(weights)}, done, sha256(model)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch_alone import sha256, take_gradients
 from train_early import GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, classifier, dataset
 
 from roundtable.common.runtime.failpoints import VARIABLE
@@ -34,19 +34,9 @@ def plain_loop(rounds: int) -> nn.Module:
     for round_ in range(rounds):
         at = round_ * GLOBAL_BATCH % len(inputs)
         parts = [slice(at + k, at + k + MICRO_BATCH) for k in range(0, GLOBAL_BATCH, MICRO_BATCH)]
-        grads = [torch.autograd.grad(nn.functional.cross_entropy(model(inputs[p]), labels[p]), parameters) for p in parts]
-        for parameter, terms in zip(parameters, zip(*grads, strict=True), strict=True):
-            a, b, c, d = (term * MICRO_BATCH for term in terms)
-            parameter.grad = ((a + b) + (c + d)) / GLOBAL_BATCH
+        take_gradients(parameters, ((nn.functional.cross_entropy(model(inputs[p]), labels[p]), MICRO_BATCH) for p in parts))
         optimizer.step()
     return model
-
-
-def sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(

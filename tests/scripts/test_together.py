@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch_alone import take_gradients
 from train_together import (
     EPOCHS,
     EVALUATED,
@@ -61,10 +62,7 @@ def plain_loop() -> tuple[list[dict[str, Any]], list[float], dict[str, torch.Ten
             parts = [slice(at + k, at + k + MICRO_BATCH) for k in range(0, GLOBAL_BATCH, MICRO_BATCH)]
             each = [nn.functional.cross_entropy(model(inputs[p]), labels[p]) for p in parts]
             losses += [float(loss.detach()) for loss in each]
-            grads = [torch.autograd.grad(loss, parameters) for loss in each]
-            for parameter, terms in zip(parameters, zip(*grads, strict=True), strict=True):
-                a, b, c, d = (term * MICRO_BATCH for term in terms)
-                parameter.grad = ((a + b) + (c + d)) / GLOBAL_BATCH
+            take_gradients(parameters, ((loss, MICRO_BATCH) for loss in each))
             optimizer.step()
         training.append(sum(losses) / len(losses))
         evaluations.append(evaluated(model))

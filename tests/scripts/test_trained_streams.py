@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch_alone import sha256, tree_sum
 from train_streams import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, SHARDS, WINDOW, decode, network, open_shard, sample_of
 
 from roundtable.common.config.batch_plan import derive_seed, make_segment
@@ -42,14 +42,6 @@ def epoch_of(epoch: int, is_shuffled: bool) -> list[int]:
     return found
 
 
-def tree_sum(terms: list[torch.Tensor]) -> torch.Tensor:
-    """Add pairs of neighbours, level by level. An odd one out goes up as it is."""
-    while len(terms) > 1:
-        paired = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
-    return terms[0]
-
-
 def load(epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A sample with the noise that it has in an epoch."""
     seed = derive_seed(0, "sample", epoch, index)
@@ -76,10 +68,7 @@ def plain_loop(is_shuffled: bool) -> str:
             for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = gradient.view_as(parameter)
             optimizer.step()
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256(model)
 
 
 @pytest.mark.slow

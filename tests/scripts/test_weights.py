@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch_alone import sha256, tree_sum
 from train_weights import EPOCHS, GLOBAL_BATCH, IGNORED, MICRO_BATCH, OPTIMIZER, dataset, tagger, token_loss
 
 from roundtable.common.runtime.failpoints import VARIABLE
@@ -29,14 +29,6 @@ def global_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     words, tags = dataset().tensors
     for _ in range(EPOCHS):
         yield from zip(words.split(GLOBAL_BATCH), tags.split(GLOBAL_BATCH), strict=True)
-
-
-def tree_sum(terms: list[Any], add: Callable[[Any, Any], Any]) -> Any:
-    """Add pairs of neighbours, level by level. An odd one out goes up as it is."""
-    while len(terms) > 1:
-        paired = [add(*pair) for pair in zip(terms[::2], terms[1::2], strict=False)]
-        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
-    return terms[0]
 
 
 def plain_loop(whole_batches: bool) -> tuple[nn.Module, list[float]]:
@@ -58,20 +50,13 @@ def plain_loop(whole_batches: bool) -> tuple[nn.Module, list[float]]:
         all_tokens = int((tags != IGNORED).sum())
         if not all_tokens:
             continue
-        mean = tree_sum(terms, torch.add) / all_tokens
+        mean = tree_sum(terms) / all_tokens
         for parameter, gradient in zip(parameters, mean[:-1].split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         losses.append(float(mean[-1]))
     return model, losses
-
-
-def sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def test_the_tree_of_micro_batches_is_the_mean_over_the_global_batch() -> None:

@@ -2,26 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import TensorDataset
+from train_early import GLOBAL_BATCH, MICRO_BATCH, OPTIMIZER, classifier, dataset
 
-GLOBAL_BATCH, MICRO_BATCH, EPOCHS, ROUNDS = 16, 4, 2, 16
-OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
-
-
-def dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(64, 8, generator=generator)
-    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
-
-
-def classifier() -> nn.Module:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+EPOCHS, ROUNDS = 2, 16
 
 
 def averaged(model: nn.Module) -> AveragedModel:
