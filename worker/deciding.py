@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.common.runtime.errors import UsageError, at_script_line
 from roundtable.worker.data.arguments import BatchArguments, resolve
 from roundtable.worker.session.session import Session
+from roundtable.worker.session.training import Training
 from roundtable.worker.together.collectives import Means
 from roundtable.worker.together.epoch_metrics import EpochMetrics
 from roundtable.worker.together.script_state import ScriptState
@@ -62,7 +63,7 @@ class Deciding:
         try:
             data = resolve(dataset, arguments, self._session.context.settings.seed, 0)
         except UsageError as error:
-            raise UsageError(f"{script_line()}: {error}") from None
+            raise at_script_line(error) from None
         return self._session.collectives.evaluate(function, data, self._model, device_of(self._model, self.device))
 
     def save(self, name: str) -> None:
@@ -72,7 +73,7 @@ class Deciding:
         between two loops over batches. Raises UsageError inside a loop, before the first one, or for a name that is none.
         """
         if not self._session.has_trained:
-            raise UsageError(f"{script_line()}: run.save() saves a model in training: call it after a loop over run.batches().")
+            raise at_script_line("run.save() saves a model in training: call it after a loop over run.batches().")
         self._session.ending.await_recomputed()
         self._session.collectives.save(name)
 
@@ -83,6 +84,12 @@ class Deciding:
         `run.metrics["loss"]` is the same number on every worker. Raises KeyError if nothing of that name was logged.
         """
         return self._session.metrics
+
+    def _training(self, call: str) -> Training:
+        """Return the training that the script has set up. Raises UsageError if it has not, and names the `call`."""
+        if self._session.training is None:
+            raise at_script_line(f"{call} needs an optimizer: call run.optimizer(...) before it.")
+        return self._session.training
 
     # ---- once a round
 
@@ -107,9 +114,7 @@ class Deciding:
         and buffers are reset. Raises UsageError before `optimizer`. The loop raises it, and names the function, if a parameter
         was changed: `replicate` says which changes are allowed.
         """
-        work = self._session.work
-        if work is None:
-            raise UsageError(f"{script_line()}: run.on_round() needs an optimizer: call run.optimizer(...) before it.")
+        work = self._training("run.on_round()").work
         work.hooks.add(function, work.round)
         return function
 
@@ -125,8 +130,7 @@ class Deciding:
 
         Raises UsageError before `run.optimizer`, or for another value.
         """
-        if self._session.state is None:
-            raise UsageError(f"{script_line()}: run.state needs an optimizer: call run.optimizer(...) before it.")
+        self._training("run.state")
         return self._session.state
 
     def epochs(self, count: int | None = None) -> Iterator[int]:
@@ -140,8 +144,7 @@ class Deciding:
         Raises UsageError before `run.optimizer`, or if an epoch had no loop or several.
         """
         segments = self._session.segments
-        if self._session.training is None:
-            raise UsageError(f"{script_line()}: run.epochs() needs an optimizer: call run.optimizer(...) before it.")
+        self._training("run.epochs()")
         before = segments.begun
         first = self._session.skip_loops() - before
         for epoch in range(first, self._session.context.settings.epochs if count is None else count):
@@ -153,8 +156,8 @@ class Deciding:
             finally:
                 segments.one_epoch_each = False
             if segments.begun != before + epoch + 1 and not self.stopped:
-                raise UsageError(
-                    f"{script_line()}: run.epochs() needs one loop over run.batches() in each epoch, and epoch {epoch} had "
+                raise at_script_line(
+                    f"run.epochs() needs one loop over run.batches() in each epoch, and epoch {epoch} had "
                     f"{segments.begun - before - epoch}."
                 )
 

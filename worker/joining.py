@@ -53,8 +53,6 @@ def join() -> Run:
     the coordinator cannot be reached. Exit with code 2 if torchrun, srun or mpirun has started this script several times without
     a coordinator.
     """
-    from roundtable.worker.run import Run
-
     address = _from_launcher(ADDRESS_VARIABLE)
     while _participations:
         if address is not None and not is_interactive():
@@ -72,6 +70,8 @@ def join() -> Run:
         if companions is not None:
             companions.stop()
         raise
+    from roundtable.worker.run import Run  # loaded late, as torch takes long: companions start meanwhile
+
     _participations.append(Participation(session, companions))
     run = Run(session)
     if companions is None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.messages.session import Traffic
-from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.common.runtime.errors import UsageError, at_script_line
 from roundtable.worker import tensor_names
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.data.arguments import BatchArguments, Data, resolve
@@ -173,7 +173,7 @@ class Run(Deciding):
             data = resolve(dataset, arguments, self._session.context.settings.seed, segments.next_epoch)
             return Batches(data, segments, self._loop)
         except UsageError as error:
-            raise UsageError(f"{script_line()}: {error}") from None
+            raise at_script_line(error) from None
 
     def _loop(self, data: Data, segment: Segment) -> Iterator[Any]:
         """Yield this worker's micro-batches of `segment`."""

@@ -60,6 +60,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def at_script_line(text: object) -> UsageError:
+    """Return the error of a wrong call, with the place in the user's script before `text`."""
+    return UsageError(f"{script_line()}: {text}")
+
+
 def script_line() -> str:
     """Return the place in the user's script from which this package was called, such as 'train.py line 12'.
 

@@ -22,9 +22,7 @@ from roundtable.common.protocol.messages.commit import (
 )
 from roundtable.common.protocol.messages.embedding import RowPull
 from roundtable.common.protocol.messages.gradients import Pull, WeightsCredit
-from roundtable.common.protocol.messages.replication import (
-    StateHeader,
-)
+from roundtable.common.protocol.messages.replication import StateHeader
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MembersLost, Refused, Traffic
 from roundtable.common.protocol.messages.setup import Plan, Setup, SetupReply

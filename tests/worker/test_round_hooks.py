@@ -85,10 +85,10 @@ def test_they_are_not_called_with_weights_that_servers_may_have_written_over(gon
 
 def test_it_needs_an_optimizer_and_may_be_a_decorator() -> None:
     with pytest.raises(UsageError, match=r"line \d+: run.on_round\(\) needs an optimizer"):
-        run(work=None).on_round(lambda: None)
+        run().on_round(lambda: None)
     work = SimpleNamespace(hooks=RoundHooks(), round=3)
 
-    @run(work=work).on_round
+    @run(training=SimpleNamespace(work=work)).on_round
     def ends() -> None: ...
 
     assert work.hooks.functions == [ends] and work.hooks.due(4) and not work.hooks.due(3)

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.protocol.messages.gradients import Schedules, UsedSettings
-from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.common.runtime.errors import UsageError, at_script_line, script_line
 from roundtable.worker.optim.optimizer import Groups, Hypers, plain
 from roundtable.worker.optim.schedulers import Schedulers, State
 
@@ -228,8 +228,8 @@ class RoundSettings:
         if not self._has_schedule:
             self.schedulers.attach(scheduler)
         else:
-            raise UsageError(
-                f"{script_line()}: {type(scheduler).__name__} is attached to an optimizer that has a schedule: leave out one of "
+            raise at_script_line(
+                f"{type(scheduler).__name__} is attached to an optimizer that has a schedule: leave out one of "
                 "this and run.optimizer(schedule=...)."
             )
 

@@ -70,11 +70,12 @@ class Session:
         self.final_tensors = FinalTensors()
         #: None before the script has asked for the key-value client.
         self.kv: KvClient | None = None
-        #: What lies behind the script, and how often it has changed its state.
-        self._past: Past = Past(0)
+        #: The part of the run that lies behind the script.
+        self._past = Past(0)
+        #: How often this worker has sent the script's state.
         self._states = 0
-        #: The script's own state; None before the script has made its optimizer.
-        self.state: ScriptState | None = None
+        #: The script's own state. It is that of a new run before the script has made its optimizer.
+        self.state = ScriptState(b"", self._keep_state)
         #: Whether the script was interrupted.
         self.interrupted = False
         #: Why the script failed; '' if it did not.
@@ -152,7 +153,7 @@ class Session:
             )
             assert isinstance(answer, Past)
             self._past = answer
-        self.state = ScriptState(self._past.state, self._keep_state)
+            self.state = ScriptState(answer.state, self._keep_state)
 
     def skip_loops(self) -> int:
         """Count the loops over batches that lie behind the script as begun. Return the number of loops that have begun."""

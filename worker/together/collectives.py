@@ -19,7 +19,7 @@ from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import MODEL_NAME, Collective, CollectiveOutcome, CollectiveParts, PartDone
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
-from roundtable.common.runtime.errors import ClusterError, UsageError, script_line
+from roundtable.common.runtime.errors import ClusterError, UsageError, at_script_line
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.data.arguments import Data
@@ -80,8 +80,8 @@ class Collectives:
     def save(self, name: str) -> None:
         """Have the model saved as `name`; see `Run.save`."""
         if not name or not re.fullmatch(MODEL_NAME, name) or len(name) > 100:
-            raise UsageError(
-                f"{script_line()}: run.save() takes a name of letters, digits, - and _, other than 'model', but got {name!r:.60}."
+            raise at_script_line(
+                f"run.save() takes a name of letters, digits, - and _, other than 'model', but got {name!r:.60}."
             )
         self._until_outcome(self._begin("save", 1, name=name), list, lambda parts: [])
 
@@ -92,9 +92,7 @@ class Collectives:
         size = data.micro_batch or self._context.settings.micro_batch
         batches = [range(start, min(start + size, places)) for start in range(0, places, size)]
         if len(batches) > MOST:
-            raise UsageError(
-                f"{script_line()}: run.evaluate() takes {MOST} batches at most, but got {len(batches)}: set micro_batch."
-            )
+            raise at_script_line(f"run.evaluate() takes {MOST} batches at most, but got {len(batches)}: set micro_batch.")
         question = self._begin("evaluate", len(batches), places)
         collate = data.collate_fn or default_collate
 
@@ -112,13 +110,13 @@ class Collectives:
     def _begin(self, kind: Any, parts: int, samples: int = 0, name: str = "") -> Collective:
         """Return the question at the script's next collective. Raises UsageError inside a loop over batches."""
         if self._segments.ends_round:
-            raise UsageError(
-                f"{script_line()}: run.{kind}() was called in a function of run.on_round(), which a worker that is far behind "
+            raise at_script_line(
+                f"run.{kind}() was called in a function of run.on_round(), which a worker that is far behind "
                 "misses: call it between two loops over run.batches()."
             )
         if not self._segments.done:
-            raise UsageError(
-                f"{script_line()}: run.{kind}() was called inside a loop over run.batches(), where workers come by a different "
+            raise at_script_line(
+                f"run.{kind}() was called inside a loop over run.batches(), where workers come by a different "
                 "number of times: call it between two loops."
             )
         loops = self._segments.begun
@@ -181,12 +179,12 @@ def _encoded(value: Any) -> bytes:
     try:
         encoded = msgspec.msgpack.encode(value)
     except (TypeError, OverflowError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{script_line()}: run.agree() takes None, numbers, strings, bytes, and lists and dicts of these, but got "
+        raise at_script_line(
+            "run.agree() takes None, numbers, strings, bytes, and lists and dicts of these, but got "
             f"{type(value).__name__} ({error})."
         ) from None
     if len(encoded) > _MOST_BYTES:
-        raise UsageError(f"{script_line()}: run.agree() takes {_MOST_BYTES >> 10} KiB at most, but got {len(encoded) >> 10} KiB.")
+        raise at_script_line(f"run.agree() takes {_MOST_BYTES >> 10} KiB at most, but got {len(encoded) >> 10} KiB.")
     return encoded
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from roundtable.common.protocol.messages.session import MOST_STATE_BYTES
-from roundtable.common.runtime.errors import UsageError, script_line
+from roundtable.common.runtime.errors import at_script_line
 
 #: The number of the MessagePack extension that holds a tensor, as a safetensors file of that tensor.
 _TENSOR = 1
@@ -57,13 +57,12 @@ def _encoded(values: dict[str, Any]) -> bytes:
         encoded = msgspec.msgpack.encode(values, enc_hook=_encode)
         msgspec.msgpack.decode(encoded, type=dict[str, Any], ext_hook=_decode)
     except (TypeError, OverflowError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{script_line()}: run.state keeps None, numbers, strings, bytes, tensors, and lists and dicts of these, by name "
-            f"({error})."
+        raise at_script_line(
+            f"run.state keeps None, numbers, strings, bytes, tensors, and lists and dicts of these, by name ({error})."
         ) from None
     if len(encoded) > MOST_STATE_BYTES:
-        raise UsageError(
-            f"{script_line()}: run.state would have {len(encoded) / 1e6:.1f} MB, and {MOST_STATE_BYTES >> 20} MiB are the most: "
+        raise at_script_line(
+            f"run.state would have {len(encoded) / 1e6:.1f} MB, and {MOST_STATE_BYTES >> 20} MiB are the most: "
             "keep large tensors as parameters or buffers of the model."
         )
     return encoded

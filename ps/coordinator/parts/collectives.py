@@ -114,36 +114,35 @@ class Collectives:
             return
         if not re.fullmatch(MODEL_NAME, body.name) or bool(body.name) != (body.kind == "save"):
             raise WireError(f"{worker.name} wants to save a model under a name that is none")
-        if place not in self._open and len(self._open) >= _MOST_OPEN:
-            raise WireError(f"{worker.name} is at one more collective, and {_MOST_OPEN} are open already", "flood")
-        known = self._open.setdefault(place, OpenCollective(body, worker.who))
+        if place not in self._open:
+            if len(self._open) >= _MOST_OPEN:
+                raise WireError(f"{worker.name} is at one more collective, and {_MOST_OPEN} are open already", "flood")
+            self._open[place] = OpenCollective(body, worker.who)
+        known = self._open[place]
         if reason := known.differs(body, worker.who) or self._too_large():
             context.mail.reply(message.route, Refused("Collective", reason))
             return
         if known.take(body.done) or worker.name not in known.routes:
             context.progressed_at = message.now
         known.routes[worker.name] = message.route
-        self._save(place, known, message.now)
-        if known.given:
+        if not self._has_ended(place, known, message.now):
             active = set(context.membership.names("worker"))
             parts = known.give(worker.name, active) if body.kind == "evaluate" else []
             context.mail.reply(message.route, CollectiveParts(body.loops, body.number, parts, len(known.given)))
-        elif place in self._open:
-            self._end(place, known)
 
     def tick(self, now: float) -> None:
         """Save the model under the names that scripts have asked for, once the model of their round is complete."""
         for place, known in list(self._open.items()):
-            self._save(place, known, now)
+            self._has_ended(place, known, now)
 
-    def _save(self, place: str, known: OpenCollective, now: float) -> None:
-        """Save the model, if that is what the collective is for and the model is complete."""
-        if known.first.kind != "save" or not known.given or not self._model.is_complete:
-            return
-        if self._model.save_as(known.first.name):
+    def _has_ended(self, place: str, known: OpenCollective, now: float) -> bool:
+        """End a collective if all its parts are done. Return whether that is so. This does the part of a model to save."""
+        if known.first.kind == "save" and self._model.is_complete and self._model.save_as(known.first.name):
             known.take([PartDone(0)])
             self._context.progressed_at = now
+        if not known.given:
             self._end(place, known)
+        return not known.given
 
     def _too_large(self) -> str:
         if sum(len(outcome.value) for outcome in self._context.ledger.outcomes.values()) <= _MOST_BYTES:

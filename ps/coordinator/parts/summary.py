@@ -114,9 +114,9 @@ class RunSummary:
             "samples_before_resume": self._samples_before,  # `seconds` does not cover these
             "dropped_in_part": totals.dropped_in_part,
             "workers_failed": self._departures.failed,
+            "saved": {name: msgspec.structs.asdict(saved) for name, saved in context.ledger.saved.items()},
             "staleness": {str(k): n for k, n in sorted(totals.staleness.items())},
         }
-        exceptions["saved"] = {name: msgspec.structs.asdict(saved) for name, saved in context.ledger.saved.items()}
         if (end := context.ledger.run_end) is not None and end.updates >= 0:
             exceptions["ended_early"] = {"worker": end.worker, "reason": end.reason, "round": context.ledger.end}
         return summary | {key: value for key, value in exceptions.items() if value}
